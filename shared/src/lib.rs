@@ -13,6 +13,8 @@
 
 extern crate alloc;
 
+#[cfg(feature = "std")]
+pub mod dicom;
 pub mod hounsfield;
 pub mod manifest;
 pub mod mask;

@@ -1,0 +1,410 @@
+//! Pixels: one frame's stored values as little-endian bytes, whatever the transfer syntax.
+//!
+//! In: the data set's bytes, where its pixel data lies, the frame's size and format from [`super::gate`]. Out: rows x columns
+//! samples in native layout. One frame at a time; a frame is at most [`MAX_FRAME_BYTES`]. PS3.5 sections 8 and A.4. HU are left
+//! to the rest of the crate.
+//!
+//! RLE is decoded here; JPEG, JPEG-LS and JPEG 2000 go through dicom-rs after [`super::codestream`] has compared their headers
+//! with the data set. A decoder that panics is caught in [`guarded`], the one such place, and becomes a refusal.
+
+use super::Refusal;
+use super::codestream;
+use super::prescan::PixelData;
+use super::rle;
+use super::transfer_syntax::{Encoding, PixelCoding, TransferSyntax};
+use crate::stored::PixelFormat;
+use dicom_core::value::C;
+use dicom_encoding::adapters::{PixelDataObject, RawPixelData};
+use dicom_encoding::transfer_syntax::{Codec, TransferSyntaxIndex};
+use dicom_transfer_syntax_registry::TransferSyntaxRegistry;
+use std::borrow::Cow;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Most bytes of one decoded frame.
+pub const MAX_FRAME_BYTES: usize = 64 << 20;
+/// Most pixels of one compressed frame: decoders need up to 16 bytes a pixel beside the result.
+pub const MAX_COMPRESSED_PIXELS: usize = 2_048 * 2_048;
+
+/// A frame to decode.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Frame<'a> {
+    /// The data set's bytes.
+    pub(super) bytes: &'a [u8],
+    /// Where its pixel data lies.
+    pub(super) pixel_data: &'a PixelData,
+    /// Which frame, from 0.
+    pub(super) frame_index: usize,
+    /// Frames of the object.
+    pub(super) n_frames: usize,
+    /// Rows.
+    pub(super) rows: u16,
+    /// Columns.
+    pub(super) columns: u16,
+    /// Format of a stored value.
+    pub(super) format: PixelFormat,
+}
+
+impl Frame<'_> {
+    fn n_pixels(&self) -> usize {
+        usize::from(self.rows) * usize::from(self.columns)
+    }
+
+    fn sample_bytes(&self) -> usize {
+        usize::from(self.format.bits_allocated / 8)
+    }
+
+    fn n_bytes(&self) -> usize {
+        self.n_pixels() * self.sample_bytes()
+    }
+}
+
+/// Decodes `frame`.
+///
+/// # Errors
+///
+/// [`Refusal::TransferSyntax`] where this build does not read the syntax; [`Refusal::PixelBytes`], [`Refusal::FrameBounds`],
+/// [`Refusal::Codestream`] and [`Refusal::Decoder`] where the bytes are not such a frame.
+pub(super) fn decode(frame: &Frame<'_>, syntax: &TransferSyntax) -> Result<Vec<u8>, Refusal> {
+    if let (Some(feature), false) = (syntax.feature, syntax.is_built_in()) {
+        return Err(Refusal::TransferSyntax {
+            name: syntax.name,
+            feature,
+        });
+    }
+    if frame.n_bytes() > MAX_FRAME_BYTES {
+        return Err(Refusal::FrameSize {
+            found: frame.n_bytes(),
+            allowed: MAX_FRAME_BYTES,
+        });
+    }
+    match (frame.pixel_data, syntax.coding) {
+        (PixelData::Native { value, is_word }, PixelCoding::Native) => {
+            native(frame, value.clone(), *is_word, syntax.encoding)
+        }
+        (
+            PixelData::Encapsulated {
+                offset_table,
+                fragments,
+            },
+            coding,
+        ) if coding != PixelCoding::Native => {
+            let fragments = fragments_of(frame, offset_table.clone(), fragments)?;
+            encapsulated(frame, &joined(frame.bytes, fragments), coding, syntax)
+        }
+        (PixelData::Native { .. }, _) => Err(Refusal::Encapsulation {
+            found: "native pixel data",
+            allowed: "fragments",
+        }),
+        (PixelData::Encapsulated { .. }, _) => Err(Refusal::Encapsulation {
+            found: "fragments",
+            allowed: "native pixel data",
+        }),
+    }
+}
+
+/// One frame out of native pixel data, turned to little endian.
+fn native(
+    frame: &Frame<'_>,
+    value: Range<usize>,
+    is_word: bool,
+    encoding: Encoding,
+) -> Result<Vec<u8>, Refusal> {
+    let available = frame.bytes.get(value).unwrap_or_default();
+    let start = frame.n_bytes() * frame.frame_index;
+    let mut values = available
+        .get(start..start + frame.n_bytes())
+        .ok_or(Refusal::PixelBytes {
+            found: available.len(),
+            needed: start + frame.n_bytes(),
+        })?
+        .to_vec();
+    if encoding == Encoding::ExplicitBig {
+        // OW holds 8-bit samples two to a word (PS3.5 section 8.1.1).
+        let width = match frame.sample_bytes() {
+            1 if is_word => 2,
+            width => width,
+        };
+        for value in values.chunks_exact_mut(width) {
+            value.reverse();
+        }
+    }
+    Ok(values)
+}
+
+/// One frame out of a codestream.
+fn encapsulated(
+    frame: &Frame<'_>,
+    codestream: &[u8],
+    coding: PixelCoding,
+    syntax: &TransferSyntax,
+) -> Result<Vec<u8>, Refusal> {
+    if frame.n_pixels() > MAX_COMPRESSED_PIXELS {
+        return Err(Refusal::FrameSize {
+            found: frame.n_pixels(),
+            allowed: MAX_COMPRESSED_PIXELS,
+        });
+    }
+    let header = match coding {
+        PixelCoding::Native | PixelCoding::EncapsulatedNative => {
+            let found = codestream.len();
+            return match codestream.get(..frame.n_bytes()) {
+                Some(values) => Ok(values.to_vec()),
+                None => Err(Refusal::PixelBytes {
+                    found,
+                    needed: frame.n_bytes(),
+                }),
+            };
+        }
+        PixelCoding::Rle => {
+            return rle::decode(codestream, frame.n_pixels(), frame.sample_bytes())
+                .map_err(|found| Refusal::Codestream { found });
+        }
+        PixelCoding::Jpeg | PixelCoding::JpegLs => codestream::jpeg(codestream),
+        PixelCoding::Jpeg2000 => codestream::jpeg2000(codestream),
+    }
+    .map_err(|found| Refusal::Codestream { found })?;
+    check_header(frame, &header, coding)?;
+    let coded = CodedFrame {
+        syntax,
+        codestream,
+        rows: frame.rows,
+        columns: frame.columns,
+        // Decoders give one byte a sample up to 8 bits, whatever the data set allocates.
+        bits_allocated: if header.precision <= 8 { 8 } else { 16 },
+        bits_stored: frame.format.bits_stored,
+    };
+    let values = guarded(&coded)?;
+    widened(frame, values, usize::from(coded.bits_allocated / 8))
+}
+
+/// Compares a codestream's header with the data set.
+fn check_header(
+    frame: &Frame<'_>,
+    header: &codestream::Header,
+    coding: PixelCoding,
+) -> Result<(), Refusal> {
+    let refuse = |found| Err(Refusal::Codestream { found });
+    if (header.rows, header.columns) != (u32::from(frame.rows), u32::from(frame.columns)) {
+        return refuse("another size than Rows and Columns");
+    }
+    if header.n_components != 1 {
+        return refuse("more than one component");
+    }
+    let precision = u16::from(header.precision);
+    if !(2..=16).contains(&precision) || precision > frame.format.bits_allocated {
+        return refuse("a precision outside 2 to Bits Allocated");
+    }
+    match (coding, header.marker) {
+        (PixelCoding::Jpeg, 0xC0 | 0xC1) if precision != 8 => {
+            return refuse("lossy JPEG of 12 bits, which this build cannot decode");
+        }
+        (PixelCoding::Jpeg, 0xC0 | 0xC1 | 0xC3)
+        | (PixelCoding::JpegLs, 0xF7)
+        | (PixelCoding::Jpeg2000, codestream::SIZ) => {}
+        _ => return refuse("a coding process other than the transfer syntax says"),
+    }
+    // Samples narrower than Bits Stored have lost their sign bit; JPEG 2000 alone says so in the codestream.
+    if frame.format.is_signed
+        && precision < frame.format.bits_stored
+        && coding != PixelCoding::Jpeg2000
+    {
+        return refuse("signed samples of fewer bits than Bits Stored");
+    }
+    Ok(())
+}
+
+/// Values of `from` bytes each to the data set's Bits Allocated, little endian.
+fn widened(frame: &Frame<'_>, values: Vec<u8>, from: usize) -> Result<Vec<u8>, Refusal> {
+    let needed = frame.n_pixels() * from;
+    if values.len() != needed {
+        return Err(Refusal::PixelBytes {
+            found: values.len(),
+            needed,
+        });
+    }
+    let to = frame.sample_bytes();
+    if from == to {
+        return Ok(values);
+    }
+    let is_signed = frame.format.is_signed;
+    let mut wide = vec![0; frame.n_bytes()];
+    for (target, value) in wide.chunks_exact_mut(to).zip(values.chunks_exact(from)) {
+        let is_negative = is_signed && value.last().is_some_and(|byte| byte & 0x80 != 0);
+        target.fill(if is_negative { 0xFF } else { 0 });
+        target[..from].copy_from_slice(value);
+    }
+    Ok(wide)
+}
+
+/// The fragments of one frame.
+///
+/// # Errors
+///
+/// [`Refusal::FrameBounds`] where neither the counts, nor the offset table, nor the codestreams' beginnings tell.
+fn fragments_of<'f>(
+    frame: &Frame<'_>,
+    offset_table: Range<usize>,
+    fragments: &'f [Range<usize>],
+) -> Result<&'f [Range<usize>], Refusal> {
+    let refusal = Refusal::FrameBounds {
+        n_fragments: fragments.len(),
+        n_frames: frame.n_frames,
+    };
+    if fragments.is_empty() {
+        return Err(refusal);
+    }
+    if frame.n_frames == 1 {
+        return Ok(fragments);
+    }
+    if fragments.len() == frame.n_frames {
+        return fragments
+            .get(frame.frame_index..=frame.frame_index)
+            .ok_or(refusal);
+    }
+    let starts = starts_by_offsets(frame, offset_table, fragments)
+        .or_else(|| starts_by_codestream(frame, fragments))
+        .filter(|starts| starts.len() == frame.n_frames)
+        .ok_or_else(|| refusal.clone())?;
+    let start = *starts
+        .get(frame.frame_index)
+        .ok_or_else(|| refusal.clone())?;
+    let end = starts
+        .get(frame.frame_index + 1)
+        .copied()
+        .unwrap_or(fragments.len());
+    fragments.get(start..end).ok_or(refusal)
+}
+
+/// Each frame's first fragment, by the Basic Offset Table: offsets of items from the first fragment's item on.
+fn starts_by_offsets(
+    frame: &Frame<'_>,
+    offset_table: Range<usize>,
+    fragments: &[Range<usize>],
+) -> Option<Vec<usize>> {
+    /// Tag and length of an item.
+    const ITEM_HEADER_BYTES: usize = 8;
+    let table = frame.bytes.get(offset_table)?;
+    if table.len() != 4 * frame.n_frames {
+        return None;
+    }
+    let first = fragments.first()?.start;
+    table
+        .chunks_exact(4)
+        .map(|entry| {
+            let offset = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]) as usize;
+            fragments
+                .binary_search_by_key(&(first + offset), |fragment| fragment.start)
+                .ok()
+        })
+        .collect::<Option<Vec<usize>>>()
+        .filter(|starts| starts.is_sorted() && first >= ITEM_HEADER_BYTES)
+}
+
+/// Each frame's first fragment, by what codestreams begin with.
+fn starts_by_codestream(frame: &Frame<'_>, fragments: &[Range<usize>]) -> Option<Vec<usize>> {
+    let begins = |fragment: &Range<usize>| {
+        frame
+            .bytes
+            .get(fragment.clone())
+            .is_some_and(codestream::begins)
+    };
+    let starts: Vec<usize> = (0..fragments.len())
+        .filter(|&index| begins(&fragments[index]))
+        .collect();
+    (starts.first() == Some(&0)).then_some(starts)
+}
+
+/// The fragments' bytes in a row.
+fn joined<'a>(bytes: &'a [u8], fragments: &[Range<usize>]) -> Cow<'a, [u8]> {
+    let bytes_of = |fragment: &Range<usize>| bytes.get(fragment.clone()).unwrap_or_default();
+    match fragments {
+        [fragment] => Cow::Borrowed(bytes_of(fragment)),
+        fragments => Cow::Owned(fragments.iter().map(bytes_of).collect::<Vec<_>>().concat()),
+    }
+}
+
+/// Runs the decoder that dicom-rs registers for the syntax and turns its panics into refusals: the only place in this crate where
+/// a panic is caught. The decoder owns all it works on, so nothing half-done outlives the panic.
+fn guarded(coded: &CodedFrame<'_>) -> Result<Vec<u8>, Refusal> {
+    let refuse = |found| Err(Refusal::Decoder { found });
+    let Some(syntax) = TransferSyntaxRegistry.get(coded.syntax.uid) else {
+        return refuse("no decoder for the transfer syntax");
+    };
+    let Codec::EncapsulatedPixelData(Some(reader), _) = syntax.codec() else {
+        return refuse("no decoder for the transfer syntax");
+    };
+    let decoded = catch_unwind(AssertUnwindSafe(|| {
+        let mut values = Vec::new();
+        reader.decode_frame(coded, 0, &mut values).map(|()| values)
+    }));
+    match decoded {
+        Ok(Ok(values)) => Ok(values),
+        Ok(Err(_)) => refuse("an error"),
+        Err(_) => refuse("a panic"),
+    }
+}
+
+/// One frame as dicom-rs' decoders ask for it: an image of a single frame in a single fragment.
+#[derive(Debug)]
+struct CodedFrame<'a> {
+    syntax: &'a TransferSyntax,
+    codestream: &'a [u8],
+    rows: u16,
+    columns: u16,
+    bits_allocated: u16,
+    bits_stored: u16,
+}
+
+impl PixelDataObject for CodedFrame<'_> {
+    fn transfer_syntax_uid(&self) -> &str {
+        self.syntax.uid
+    }
+
+    fn rows(&self) -> Option<u16> {
+        Some(self.rows)
+    }
+
+    fn cols(&self) -> Option<u16> {
+        Some(self.columns)
+    }
+
+    fn samples_per_pixel(&self) -> Option<u16> {
+        Some(1)
+    }
+
+    fn bits_allocated(&self) -> Option<u16> {
+        Some(self.bits_allocated)
+    }
+
+    fn bits_stored(&self) -> Option<u16> {
+        Some(self.bits_stored)
+    }
+
+    fn photometric_interpretation(&self) -> Option<&str> {
+        Some("MONOCHROME2")
+    }
+
+    fn number_of_frames(&self) -> Option<u32> {
+        Some(1)
+    }
+
+    fn number_of_fragments(&self) -> Option<u32> {
+        Some(1)
+    }
+
+    fn fragment(&self, fragment: usize) -> Option<Cow<'_, [u8]>> {
+        (fragment == 0).then_some(Cow::Borrowed(self.codestream))
+    }
+
+    fn offset_table(&self) -> Option<Cow<'_, [u32]>> {
+        Some(Cow::Borrowed(&[]))
+    }
+
+    fn raw_pixel_data(&self) -> Option<RawPixelData> {
+        Some(RawPixelData {
+            fragments: C::from_elem(self.codestream.to_vec(), 1),
+            offset_table: C::new(),
+        })
+    }
+}
