@@ -18,6 +18,8 @@ pub mod dicom;
 pub mod hounsfield;
 pub mod manifest;
 pub mod mask;
+#[cfg(feature = "phantom")]
+pub mod phantom;
 pub mod preprocess;
 pub mod probability;
 pub mod quantize;
