@@ -15,13 +15,19 @@ use alloc::vec::Vec;
 
 mod anatomy;
 mod canvas;
+#[cfg(feature = "std")]
+mod dicom_file;
 mod embolus;
 mod labels;
 mod random;
 mod render;
+#[cfg(feature = "std")]
+mod rle;
 mod scanner;
 mod vessels;
 
+#[cfg(feature = "std")]
+pub use dicom_file::{DicomFileError, TRANSFER_SYNTAXES, dicom_file, multi_frame_file};
 pub use labels::{ExamLabels, Finding};
 pub use scanner::Storage;
 
