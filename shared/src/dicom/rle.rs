@@ -128,7 +128,7 @@ mod tests {
             vec![0; 63],
             vec![0; 64],
             vec![0xFF; 64],
-            frame(&[&[0]; 3]),
+            frame(&[&[0_u8][..]; 3]),
         ] {
             assert!(decode(&fragment, 4, 2).is_err());
         }

@@ -55,10 +55,4 @@ impl Random {
         let index = ((u128::from(self.bits()) * n as u128) >> 64) as usize;
         index
     }
-
-    /// Approximately normal (sum of four uniform numbers, within 3.5 standard deviations), mean 0, standard deviation 1.
-    pub(super) fn normal(&mut self) -> f64 {
-        let sum = self.unit() + self.unit() + self.unit() + self.unit();
-        (sum - 2.0) * 1.732_050_807_568_877_2
-    }
 }
