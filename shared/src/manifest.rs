@@ -230,65 +230,141 @@ impl Manifest {
             .map(|point| point.logit_threshold)
     }
 
-    fn check(&self) -> Result<(), ManifestError> {
+    /// Checks every number against its range; [`Manifest::from_json`] has done so already.
+    ///
+    /// # Errors
+    /// The first field that is out of its range.
+    pub fn check(&self) -> Result<(), ManifestError> {
         self.preprocess.check().map_err(ManifestError::Preprocess)?;
-        let range = |ok: bool, field, found, allowed| {
-            if ok {
-                Ok(())
-            } else {
-                Err(ManifestError::Range {
-                    field,
-                    found,
-                    allowed,
-                })
-            }
-        };
-        range(
-            self.width > 0.0 && self.width <= 16.0,
+        let width = self.width;
+        allow(
+            width > 0.0 && width <= 16.0,
             "width",
-            self.width,
+            width,
             "greater than 0, at most 16",
         )?;
-        if let Some(temperature) = self.temperature {
-            range(
-                temperature.is_finite() && temperature > 0.0,
+        if let Some(found) = self.temperature {
+            allow(
+                found.is_finite() && found > 0.0,
                 "temperature",
-                temperature,
+                found,
                 "finite, greater than 0",
             )?;
         }
-        for point in &self.operating_points {
-            let threshold = f64::from(point.logit_threshold);
-            range(
-                threshold.is_finite(),
-                "operating_points.logit_threshold",
-                threshold,
-                "finite",
+        #[expect(clippy::cast_precision_loss, reason = "a count in a message")]
+        let (n_outputs, n_self_tests) = (self.outputs.len() as f64, self.self_test.len() as f64);
+        allow(
+            !self.outputs.is_empty(),
+            "number of outputs",
+            n_outputs,
+            "1 or more",
+        )?;
+        if self.precision == Precision::Float32 {
+            allow(
+                self.self_test.is_empty(),
+                "number of self_test",
+                n_self_tests,
+                "0 in a float32 file",
             )?;
         }
-        let Some(rule) = self.study_rule else {
-            return Ok(());
-        };
-        let smoothing = rule.smoothing_slices;
-        range(
-            smoothing % 2 == 1 && smoothing <= 99,
-            "study_rule.smoothing_slices",
-            smoothing.into(),
-            "odd, 1 to 99",
-        )?;
-        range(
-            (1..=999).contains(&rule.top_slices),
-            "study_rule.top_slices",
-            rule.top_slices.into(),
-            "1 to 999",
-        )?;
-        let threshold = f64::from(rule.logit_threshold);
-        range(
+        if self.validation == Validation::Validated {
+            allow(
+                !self.operating_points.is_empty(),
+                "number of operating_points",
+                0.0,
+                "1 or more when validated",
+            )?;
+        }
+        self.metrics.iter().try_for_each(Metric::check)?;
+        self.operating_points
+            .iter()
+            .try_for_each(OperatingPoint::check)?;
+        self.study_rule.iter().try_for_each(check_rule)
+    }
+}
+
+impl Metric {
+    fn check(&self) -> Result<(), ManifestError> {
+        for (field, found) in [
+            ("metrics.value", self.value),
+            ("metrics.low", self.low),
+            ("metrics.high", self.high),
+        ] {
+            allow(found.is_finite(), field, found, "finite")?;
+        }
+        allow(
+            self.low <= self.high,
+            "metrics.low",
+            self.low,
+            "at most metrics.high",
+        )
+    }
+}
+
+impl OperatingPoint {
+    fn check(&self) -> Result<(), ManifestError> {
+        let threshold = f64::from(self.logit_threshold);
+        allow(
             threshold.is_finite(),
-            "study_rule.logit_threshold",
+            "operating_points.logit_threshold",
             threshold,
             "finite",
+        )?;
+        let is_share = |share: f64| (0.0..=1.0).contains(&share);
+        let (sensitivity, specificity) = (self.sensitivity, self.specificity);
+        allow(
+            is_share(sensitivity),
+            "operating_points.sensitivity",
+            sensitivity,
+            "0 to 1",
+        )?;
+        allow(
+            is_share(specificity),
+            "operating_points.specificity",
+            specificity,
+            "0 to 1",
         )
+    }
+}
+
+fn check_rule(rule: &StudyRule) -> Result<(), ManifestError> {
+    let (smoothing, top) = (rule.smoothing_slices, rule.top_slices);
+    let is_odd = smoothing % 2 == 1;
+    allow(
+        is_odd && smoothing <= 99,
+        "study_rule.smoothing_slices",
+        smoothing.into(),
+        "odd, 1 to 99",
+    )?;
+    allow(
+        (1..=999).contains(&top),
+        "study_rule.top_slices",
+        top.into(),
+        "1 to 999",
+    )?;
+    let threshold = f64::from(rule.logit_threshold);
+    allow(
+        threshold.is_finite(),
+        "study_rule.logit_threshold",
+        threshold,
+        "finite",
+    )
+}
+
+fn allow(
+    is_allowed: bool,
+    field: &'static str,
+    found: f64,
+    allowed: &'static str,
+) -> Result<(), ManifestError> {
+    if is_allowed {
+        Ok(())
+    } else {
+        Err(ManifestError::Range {
+            field,
+            found,
+            allowed,
+        })
     }
 }
 
@@ -353,17 +429,77 @@ mod tests {
             Manifest::from_json(&text),
             Err(ManifestError::Json(_))
         ));
-        let even = Manifest {
-            study_rule: Some(StudyRule {
-                smoothing_slices: 2,
-                top_slices: 5,
-                logit_threshold: 0.5,
-            }),
-            ..manifest()
-        };
-        assert!(matches!(
-            Manifest::from_json(&even.to_json()),
-            Err(ManifestError::Range { .. })
-        ));
+    }
+
+    #[track_caller]
+    fn refuses(field: &str, change: impl FnOnce(&mut Manifest)) {
+        let mut changed = manifest();
+        change(&mut changed);
+        match Manifest::from_json(&changed.to_json()) {
+            Err(ManifestError::Range { field: found, .. }) => assert_eq!(found, field),
+            other => panic!("{field}: {other:?}"),
+        }
+    }
+
+    fn point() -> OperatingPoint {
+        OperatingPoint {
+            name: "youden".into(),
+            logit_threshold: 0.1,
+            sensitivity: 0.9,
+            specificity: 0.8,
+        }
+    }
+
+    #[test]
+    fn numbers_outside_their_ranges_are_refused() {
+        refuses("study_rule.smoothing_slices", |m| {
+            m.study_rule.as_mut().unwrap().smoothing_slices = 2
+        });
+        refuses("study_rule.top_slices", |m| {
+            m.study_rule.as_mut().unwrap().top_slices = 0
+        });
+        refuses("width", |m| m.width = -1.0);
+        refuses("temperature", |m| m.temperature = Some(0.0));
+        refuses("operating_points.sensitivity", |m| {
+            m.operating_points = alloc::vec![OperatingPoint {
+                sensitivity: 1.1,
+                ..point()
+            }];
+        });
+        refuses("metrics.low", |m| {
+            let (name, part) = ("auroc".into(), "test".into());
+            m.metrics = alloc::vec![Metric {
+                name,
+                level: Level::Slice,
+                part,
+                value: 0.9,
+                low: 0.95,
+                high: 0.94
+            }];
+        });
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        refuses("number of operating_points", |m| {
+            m.validation = Validation::Validated
+        });
+        refuses("number of self_test", |m| m.precision = Precision::Float32);
+        refuses("number of outputs", |m| m.outputs.clear());
+    }
+
+    /// A threshold or a window that is read back one bit off gives other results than those that were measured.
+    #[test]
+    fn numbers_keep_their_bits() {
+        let mut manifest = manifest();
+        manifest.preprocess.windows[0].level_hu = -600.1 - f64::EPSILON * 512.0;
+        manifest.width = 0.1 + 0.2;
+        manifest.operating_points = (1..1000_u16)
+            .map(|n| OperatingPoint {
+                logit_threshold: f32::from(n).sqrt().sin(),
+                ..point()
+            })
+            .collect();
+        assert_eq!(Manifest::from_json(&manifest.to_json()).unwrap(), manifest);
     }
 }

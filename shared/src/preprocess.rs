@@ -4,21 +4,21 @@
 //! padding is 0 in all channels; then, per channel and on the u8 values, aligned-corner bilinear interpolation in exact
 //! arithmetic, rounded as `floor(x + 0.5)`, centred, 0 outside. The tests hold that definition in its plain form.
 //!
-//! The fast way gives the same bytes: a table maps each stored code to its three windowed values, packed; a source row is
-//! interpolated along the row in packed form, two such rows are combined per output row. All sums are integers
-//! (at most 255 x 255 x 255), the division by the constant denominator is a multiplication by its reciprocal.
+//! The fast way gives the same bytes: a table holds the three windowed values of each stored code, packed into one word,
+//! and the resize of [`crate::resample`] reads it. It stays while format, padding and rescale stay, as through a series.
 
 use alloc::boxed::Box;
+use alloc::vec;
 use alloc::vec::Vec;
 
 pub use crate::stored::PixelError;
 
 use crate::hounsfield::Rescale;
-use crate::resample::{Axis, output_length};
+use crate::resample::{FilteredRow, LANE_BITS, Packed, Plan, Rows, resize};
 use crate::spec::{Normalisation, PreprocessSpec, SpecError};
 use crate::stored::{ByteOrder, PixelFormat, PixelPadding, SlicePixels};
 use crate::window::Window;
-use crate::{CHANNELS, SIDE, TENSOR_BYTES, mask};
+use crate::{CHANNELS, TENSOR_BYTES, mask};
 
 /// Largest Bits Stored that is windowed through a table; wider values are windowed one by one.
 const MAX_TABLE_BITS: u16 = 16;
@@ -34,42 +34,32 @@ pub struct SeriesRange {
     pub max_hu: [f64; CHANNELS],
 }
 
-/// Brings slices to tensors by one [`PreprocessSpec`]; keeps its tables from slice to slice.
+/// Brings slices to tensors by one [`PreprocessSpec`]; owns the table and the scratch rows, so make one a thread.
 ///
-/// Slices of the same format, rescale, padding and size cause no heap allocation after the first (without `body_mask`).
-#[derive(Debug)]
+/// After [`Preprocessor::new`] nothing is allocated, whatever slices come (without `body_mask`).
+#[derive(Clone, Debug)]
 pub struct Preprocessor {
     spec: PreprocessSpec,
-    table: Option<Table>,
-    geometry: Option<Geometry>,
-    rows: Box<RowPair>,
+    table: Table,
+    plan: Option<(usize, usize, Plan)>,
+    rows: Box<Rows>,
 }
 
-/// Windowed values of every stored code: channel `c` in bits `8c..8c + 8`.
-#[derive(Debug)]
+/// The packed channels of every stored code, kept from slice to slice.
+#[derive(Clone, Debug)]
 struct Table {
-    key: (
-        PixelFormat,
-        Rescale,
-        Option<PixelPadding>,
-        Option<SeriesRange>,
-    ),
-    packed: Vec<u32>,
+    meaning: Option<Meaning>,
+    packed: Vec<Packed>,
 }
 
-#[derive(Debug)]
-struct Geometry {
-    rows: usize,
-    columns: usize,
-    vertical: Axis,
-    horizontal: Axis,
-}
-
-/// Two source rows after horizontal interpolation, `[channel, column]`, each value at most 255 x 255.
-#[derive(Debug)]
-struct RowPair {
-    source: [Option<usize>; 2],
-    values: [[[u16; SIDE]; CHANNELS]; 2],
+/// All that the channels of a stored code depend on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Meaning {
+    windows: [Window; CHANNELS],
+    format: PixelFormat,
+    padding: Option<PixelPadding>,
+    rescale: Rescale,
+    range: Option<SeriesRange>,
 }
 
 impl Preprocessor {
@@ -79,15 +69,15 @@ impl Preprocessor {
     /// A spec that this build cannot do.
     pub fn new(spec: &PreprocessSpec) -> Result<Self, SpecError> {
         spec.check()?;
-        let rows = Box::new(RowPair {
-            source: [None; 2],
-            values: [[[0; SIDE]; CHANNELS]; 2],
-        });
+        let table = Table {
+            meaning: None,
+            packed: vec![0; 1 << MAX_TABLE_BITS],
+        };
         Ok(Self {
             spec: spec.clone(),
-            table: None,
-            geometry: None,
-            rows,
+            table,
+            plan: None,
+            rows: Box::new(Rows::EMPTY),
         })
     }
 
@@ -179,94 +169,189 @@ impl Preprocessor {
         let Self {
             spec,
             table,
-            geometry,
+            plan,
             rows,
         } = self;
-        let geometry = Geometry::kept(geometry, slice)?;
-        let windowing = Windowing {
-            windows: &spec.windows,
-            rescale: slice.rescale,
-            padding: slice.padding,
+        let plan = kept_plan(plan, slice)?;
+        let SlicePixels {
+            format,
+            padding,
+            rescale,
+            ..
+        } = *slice;
+        let meaning = Meaning {
+            windows: spec.windows,
+            format,
+            padding,
+            rescale,
             range,
         };
-        let one_by_one =
-            |index: usize| slice.hounsfield(index).map_or(0, |hu| windowing.packed(hu));
         if spec.body_mask {
             let kept = body_mask(slice);
-            let air = windowing.packed(mask::AIR_HU);
-            resample(
-                geometry,
+            let air = meaning.of_hounsfield(mask::AIR_HU);
+            let packed = |index: usize| {
+                if kept[index] {
+                    meaning.of_index(slice, index)
+                } else {
+                    air
+                }
+            };
+            resize_by_index(plan, rows, slice, packed, out);
+        } else if format.bits_stored > MAX_TABLE_BITS {
+            resize_by_index(
+                plan,
                 rows,
-                |index| if kept[index] { one_by_one(index) } else { air },
+                slice,
+                |index| meaning.of_index(slice, index),
                 out,
             );
-            return Ok(());
-        }
-        if slice.format.bits_stored > MAX_TABLE_BITS {
-            resample(geometry, rows, one_by_one, out);
-            return Ok(());
-        }
-        let packed = Table::kept(table, slice.format, &windowing);
-        let (format, bytes) = (slice.format, slice.bytes);
-        let look_up = |cell: u32| packed[format.code(cell) as usize];
-        match (format.bits_allocated, format.byte_order) {
-            (16, ByteOrder::LittleEndian) => {
-                resample(
-                    geometry,
-                    rows,
-                    |i| look_up(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).into()),
-                    out,
-                );
-            }
-            (16, ByteOrder::BigEndian) => {
-                resample(
-                    geometry,
-                    rows,
-                    |i| look_up(u16::from_be_bytes([bytes[2 * i], bytes[2 * i + 1]]).into()),
-                    out,
-                );
-            }
-            _ => resample(geometry, rows, |i| look_up(format.cell(bytes, i)), out),
+        } else {
+            table.prepare(meaning);
+            resize_by_table(plan, rows, slice, table, out);
         }
         Ok(())
     }
 }
 
-/// What turns a stored value into three windowed values.
-struct Windowing<'a> {
-    windows: &'a [Window; CHANNELS],
-    rescale: Rescale,
-    padding: Option<PixelPadding>,
-    range: Option<SeriesRange>,
-}
+impl Meaning {
+    /// The packed channels of a stored code.
+    fn of_code(&self, code: u32) -> Packed {
+        let stored_value = self.format.stored_value(code);
+        match self.padding {
+            Some(padding) if padding.contains(stored_value) => 0,
+            _ => self.of_hounsfield(self.rescale.hounsfield(stored_value)),
+        }
+    }
 
-impl Windowing<'_> {
-    /// The windowed values of `hu`, channel `c` in bits `8c..8c + 8`.
-    fn packed(&self, hu: f64) -> u32 {
+    /// The packed channels of a pixel, the slow way.
+    fn of_index(&self, slice: &SlicePixels<'_>, index: usize) -> Packed {
+        self.of_code(self.format.code(self.format.cell(slice.bytes, index)))
+    }
+
+    fn of_hounsfield(&self, hu: f64) -> Packed {
         let value = |channel: usize| match &self.range {
             None => self.windows[channel].apply(hu),
-            Some(range) => in_series(
-                &self.windows[channel],
-                hu,
-                range.min_hu[channel],
-                range.max_hu[channel],
-            ),
-        };
-        u32::from_le_bytes([value(0), value(1), value(2), 0])
-    }
-
-    /// The table over all codes of `format`, in the memory of `packed`.
-    fn table(&self, format: PixelFormat, mut packed: Vec<u32>) -> Vec<u32> {
-        packed.clear();
-        packed.extend((0..1_u32 << format.bits_stored).map(|code| {
-            let stored_value = format.stored_value(code);
-            match self.padding {
-                Some(padding) if padding.contains(stored_value) => 0,
-                _ => self.packed(self.rescale.hounsfield(stored_value)),
+            Some(range) => {
+                let (min_hu, max_hu) = (range.min_hu[channel], range.max_hu[channel]);
+                in_series(&self.windows[channel], hu, min_hu, max_hu)
             }
-        }));
-        packed
+        };
+        (0..CHANNELS).rev().fold(0, |packed, channel| {
+            packed << LANE_BITS | Packed::from(value(channel))
+        })
     }
+}
+
+impl Table {
+    /// Computes the entries for `meaning`, unless they are there already. `bits_stored` is at most [`MAX_TABLE_BITS`].
+    fn prepare(&mut self, meaning: Meaning) {
+        if self.meaning == Some(meaning) {
+            return;
+        }
+        for (code, packed) in (0..1 << meaning.format.bits_stored).zip(&mut self.packed) {
+            *packed = meaning.of_code(code);
+        }
+        self.meaning = Some(meaning);
+    }
+}
+
+/// The plan for this size of image: the kept one, or a new one.
+fn kept_plan<'p>(
+    kept: &'p mut Option<(usize, usize, Plan)>,
+    slice: &SlicePixels<'_>,
+) -> Result<&'p Plan, PixelError> {
+    let (rows, columns) = (slice.rows, slice.columns);
+    let plan = match kept.take() {
+        Some((kept_rows, kept_columns, plan)) if (kept_rows, kept_columns) == (rows, columns) => {
+            plan
+        }
+        _ => Plan::new(rows, columns)?,
+    };
+    Ok(&kept.insert((rows, columns, plan)).2)
+}
+
+/// The resize of a slice whose codes have their channels in a table.
+fn resize_by_table(
+    plan: &Plan,
+    rows: &mut Rows,
+    slice: &SlicePixels<'_>,
+    table: &Table,
+    out: &mut [u8],
+) {
+    let format = slice.format;
+    let packed = |cell: u32| table.packed[format.code(cell) as usize];
+    match (format.bits_allocated, format.byte_order) {
+        (8, _) => resize_cells(
+            plan,
+            rows,
+            slice,
+            |[byte]: [u8; 1]| packed(byte.into()),
+            out,
+        ),
+        (16, ByteOrder::LittleEndian) => {
+            resize_cells(
+                plan,
+                rows,
+                slice,
+                |cell| packed(u16::from_le_bytes(cell).into()),
+                out,
+            );
+        }
+        (16, ByteOrder::BigEndian) => {
+            resize_cells(
+                plan,
+                rows,
+                slice,
+                |cell| packed(u16::from_be_bytes(cell).into()),
+                out,
+            );
+        }
+        (_, ByteOrder::LittleEndian) => resize_cells(
+            plan,
+            rows,
+            slice,
+            |cell| packed(u32::from_le_bytes(cell)),
+            out,
+        ),
+        (_, ByteOrder::BigEndian) => resize_cells(
+            plan,
+            rows,
+            slice,
+            |cell| packed(u32::from_be_bytes(cell)),
+            out,
+        ),
+    }
+}
+
+/// The resize over cells of `BYTES` bytes; `packed` gives the channels of one.
+#[inline(always)]
+fn resize_cells<const BYTES: usize>(
+    plan: &Plan,
+    rows: &mut Rows,
+    slice: &SlicePixels<'_>,
+    packed: impl Fn([u8; BYTES]) -> Packed,
+    out: &mut [u8],
+) {
+    let (cells, _) = slice.bytes.as_chunks::<BYTES>();
+    let filter = |row: usize, sums: &mut FilteredRow| {
+        let cells = &cells[row * slice.columns..][..slice.columns];
+        plan.filter_row(|column| packed(cells[column]), sums);
+    };
+    resize(plan, rows, filter, out);
+}
+
+/// The resize over pixels by their index in the image.
+fn resize_by_index(
+    plan: &Plan,
+    rows: &mut Rows,
+    slice: &SlicePixels<'_>,
+    packed: impl Fn(usize) -> Packed,
+    out: &mut [u8],
+) {
+    let filter = |row: usize, sums: &mut FilteredRow| {
+        plan.filter_row(|column| packed(row * slice.columns + column), sums);
+    };
+    resize(plan, rows, filter, out);
 }
 
 /// `trunc(((clip(hu) - min) / (max - min)) x 255)`, in f64; 0 where the series has one value only.
@@ -283,65 +368,6 @@ fn in_series(window: &Window, hu: f64, min_hu: f64, max_hu: f64) -> u8 {
     (((hu.clamp(low, high) - min_hu) / (max_hu - min_hu)) * 255.0) as u8
 }
 
-impl Table {
-    /// The table for these parameters: the kept one, or a new one in its memory.
-    fn kept<'t>(
-        kept: &'t mut Option<Self>,
-        format: PixelFormat,
-        windowing: &Windowing<'_>,
-    ) -> &'t [u32] {
-        let key = (
-            format,
-            windowing.rescale,
-            windowing.padding,
-            windowing.range,
-        );
-        let table = match kept.take() {
-            Some(table) if table.key == key => table,
-            Some(table) => Self {
-                key,
-                packed: windowing.table(format, table.packed),
-            },
-            None => Self {
-                key,
-                packed: windowing.table(format, Vec::new()),
-            },
-        };
-        &kept.insert(table).packed
-    }
-}
-
-impl Geometry {
-    /// The geometry for this size of image: the kept one, or a new one.
-    fn kept<'g>(
-        kept: &'g mut Option<Self>,
-        slice: &SlicePixels<'_>,
-    ) -> Result<&'g Self, PixelError> {
-        let (rows, columns) = (slice.rows, slice.columns);
-        let geometry = match kept.take() {
-            Some(geometry) if (geometry.rows, geometry.columns) == (rows, columns) => geometry,
-            _ => Self::new(rows, columns).ok_or(PixelError::Size {
-                rows,
-                columns,
-                side: SIDE,
-            })?,
-        };
-        Ok(kept.insert(geometry))
-    }
-
-    fn new(rows: usize, columns: usize) -> Option<Self> {
-        let longer = rows.max(columns);
-        let vertical = Axis::new(rows, output_length(rows, longer))?;
-        let horizontal = Axis::new(columns, output_length(columns, longer))?;
-        Some(Self {
-            rows,
-            columns,
-            vertical,
-            horizontal,
-        })
-    }
-}
-
 /// The body mask of a slice, `[rows, columns]`.
 fn body_mask(slice: &SlicePixels<'_>) -> Vec<bool> {
     let n_pixels = slice.rows * slice.columns;
@@ -351,127 +377,13 @@ fn body_mask(slice: &SlicePixels<'_>) -> Vec<bool> {
     mask::body(&is_dense, slice.rows, slice.columns)
 }
 
-/// Fills `out` from the packed values that `packed` gives for a source pixel's index.
-fn resample(
-    geometry: &Geometry,
-    pair: &mut RowPair,
-    packed: impl Fn(usize) -> u32,
-    out: &mut [u8],
-) {
-    let (vertical, horizontal) = (&geometry.vertical, &geometry.horizontal);
-    if vertical.offset > 0 || horizontal.offset > 0 {
-        out.fill(0);
-    }
-    pair.source = [None; 2];
-    let rounding = Rounding::new(vertical.denominator * horizontal.denominator);
-    for row in 0..vertical.first.len() {
-        let upper = pair.hold(vertical.first[row], vertical.second[row], geometry, &packed);
-        let lower = pair.hold(vertical.second[row], vertical.first[row], geometry, &packed);
-        let weight = vertical.weight[row];
-        for (channel, plane) in out.chunks_exact_mut(SIDE * SIDE).enumerate() {
-            let start = (vertical.offset + row) * SIDE + horizontal.offset;
-            let line = &mut plane[start..start + horizontal.first.len()];
-            let (a, b) = (&pair.values[upper][channel], &pair.values[lower][channel]);
-            for ((out, a), b) in line.iter_mut().zip(a).zip(b) {
-                *out = rounding.divide(
-                    u32::from(*a) * (vertical.denominator - weight) + u32::from(*b) * weight,
-                );
-            }
-        }
-    }
-}
-
-impl RowPair {
-    /// Holds source row `row`, without giving up `other`; returns where it is.
-    fn hold(
-        &mut self,
-        row: usize,
-        other: usize,
-        geometry: &Geometry,
-        packed: &impl Fn(usize) -> u32,
-    ) -> usize {
-        if let Some(place) = self.source.iter().position(|source| *source == Some(row)) {
-            return place;
-        }
-        let place = usize::from(self.source[0] == Some(other));
-        self.source[place] = Some(row);
-        interpolate_row(
-            row * geometry.columns,
-            &geometry.horizontal,
-            packed,
-            &mut self.values[place],
-        );
-        place
-    }
-}
-
-/// Interpolates one source row: three sums of at most 255 x 255 at once, 21 bits apart in a u64.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "each sum is at most 255 x 255, the low 16 bits of its 21"
-)]
-fn interpolate_row(
-    start: usize,
-    axis: &Axis,
-    packed: &impl Fn(usize) -> u32,
-    values: &mut [[u16; SIDE]; CHANNELS],
-) {
-    let spread = |packed: u32| {
-        let packed = u64::from(packed);
-        (packed & 0xFF) | ((packed & 0xFF00) << 13) | ((packed & 0x00FF_0000) << 26)
-    };
-    let [red, green, blue] = values;
-    for (column, ((first, second), weight)) in axis
-        .first
-        .iter()
-        .zip(&axis.second)
-        .zip(&axis.weight)
-        .enumerate()
-    {
-        let near = u64::from(axis.denominator - weight);
-        let sums = spread(packed(start + first)) * near
-            + spread(packed(start + second)) * u64::from(*weight);
-        red[column] = sums as u16;
-        green[column] = (sums >> 21) as u16;
-        blue[column] = (sums >> 42) as u16;
-    }
-}
-
-/// `floor(sum / denominator + 0.5)` as a multiplication by the reciprocal.
-struct Rounding {
-    denominator: u32,
-    reciprocal: u64,
-}
-
-/// Bits of the reciprocal. It is exact, because the numerator is below 2^25 and the divisor below 2^17.
-const RECIPROCAL_BITS: u32 = 44;
-
-impl Rounding {
-    /// `denominator` is 1 to 255 x 255.
-    fn new(denominator: u32) -> Self {
-        Self {
-            denominator,
-            reciprocal: (1_u64 << RECIPROCAL_BITS).div_ceil(2 * u64::from(denominator)),
-        }
-    }
-
-    /// `sum` is 0 to `255 x denominator`.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "the quotient is at most 255"
-    )]
-    fn divide(&self, sum: u32) -> u8 {
-        ((u64::from(2 * sum + self.denominator) * self.reciprocal) >> RECIPROCAL_BITS) as u8
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use alloc::vec;
-
     use proptest::prelude::{ProptestConfig, Strategy, any, prop_assert_eq, proptest};
 
     use super::*;
+    use crate::SIDE;
+    use crate::resample::output_length;
 
     /// The definition, in its plain form: [channel, row, column], rational arithmetic in u128.
     fn definition(spec: &PreprocessSpec, slice: &SlicePixels<'_>) -> Vec<u8> {

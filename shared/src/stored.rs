@@ -104,9 +104,10 @@ pub enum PixelError {
         /// Intercept found.
         intercept: f64,
     },
-    /// An image whose shorter side would vanish in the network's input, or with no pixel at all.
+    /// An image whose shorter side would vanish in the network's input, with no pixel at all, or with too many.
     #[error(
-        "Rows (0028,0010) x Columns (0028,0011) is {rows} x {columns}; each side must be at least 2 pixels after scaling the longer to {side}"
+        "Rows (0028,0010) x Columns (0028,0011) is {rows} x {columns}; each side must be 1 to {max} pixels, and at least 2 after scaling the longer to {side}",
+        max = crate::resample::MAX_SIDE
     )]
     Size {
         /// Rows found.

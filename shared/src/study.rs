@@ -18,8 +18,8 @@ pub struct StudyRule {
 
 /// Score of a series, or `None` when no slice was analysed.
 ///
-/// `logits` holds one entry a slice in order of z; `None` is a slice that was not analysed: it adds nothing to an average
-/// and is none of the highest. Sums are taken in f64 in slice order, so that the score has the same bits everywhere.
+/// `logits` holds one entry a slice in order of z; `None` is a slice that was not analysed, and so is a logit that is not
+/// finite: it adds nothing to an average and is none of the highest. Sums are taken in f64 in slice order, so that the score has the same bits everywhere.
 #[must_use]
 #[expect(
     clippy::cast_possible_truncation,
@@ -30,13 +30,15 @@ pub fn score(rule: &StudyRule, logits: &[Option<f32>]) -> Option<f32> {
     let reach = rule.smoothing_slices as usize / 2;
     let mut smoothed: Vec<f64> = Vec::with_capacity(logits.len());
     for (index, logit) in logits.iter().enumerate() {
-        if logit.is_none() {
+        if !logit.is_some_and(f32::is_finite) {
             continue;
         }
-        let window = &logits[index.saturating_sub(reach)..(index + reach + 1).min(logits.len())];
+        let end = index.saturating_add(reach).saturating_add(1);
+        let window = &logits[index.saturating_sub(reach)..end.min(logits.len())];
         let (sum, count) = window
             .iter()
             .flatten()
+            .filter(|logit| logit.is_finite())
             .fold((0.0, 0_u32), |(sum, n), l| (sum + f64::from(*l), n + 1));
         smoothed.push(sum / f64::from(count));
     }
@@ -87,5 +89,13 @@ mod tests {
     fn a_series_without_an_analysed_slice_has_no_score() {
         check(3, 5, &[None, None], None);
         check(3, 5, &[], None);
+        check(3, 5, &[Some(f32::NAN)], None);
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_count_as_not_analysed() {
+        let logits = [Some(f32::NAN), Some(-1.0), Some(f32::INFINITY)];
+        check(3, 2, &logits, Some(-1.0));
+        check(u32::MAX, 2, &logits, Some(-1.0));
     }
 }
