@@ -1,2 +1,9 @@
-//! stub
+//! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
+//! index, split, cache, architecture, network, train, metrics, bootstrap, export, quantize, verify, report.
+
 pub mod architecture;
+pub mod bootstrap;
+pub mod cache;
+pub mod index;
+pub mod metrics;
+pub mod split;

@@ -1,0 +1,267 @@
+//! The cache folder: every slice's tensor, ready for training.
+//!
+//! `tensors.u8` is raw u8 `[N, 3, 256, 256]` and mapped, not read; `index.csv` says what each row is ([`crate::index`]);
+//! `manifest.json` says how it was made. A folder is complete when its `manifest.json` is there: it is written last, and
+//! each file is written under another name, synced and then renamed.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
+use shared::TENSOR_BYTES;
+use shared::manifest::DataKind;
+use shared::spec::PreprocessSpec;
+
+use crate::index::{self, Part, Row};
+
+/// The format version that this code reads and writes.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// `manifest.json` of a cache folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheManifest {
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// How each slice became its tensor.
+    pub preprocess: PreprocessSpec,
+    /// Kind of data.
+    pub kind: DataKind,
+    /// The source in words, for example the command that made it.
+    pub source: String,
+    /// BLAKE3 over all source files in order, hexadecimal.
+    pub source_digest: String,
+    /// How the parts were made, for example `study, seed 1, 64 / 16 / 20 %`.
+    pub split: String,
+    /// Rows of the index and tensors.
+    pub n_rows: u64,
+    /// BLAKE3 of `tensors.u8`, hexadecimal.
+    pub tensors_digest: String,
+    /// BLAKE3 of `index.csv`, hexadecimal.
+    pub index_digest: String,
+    /// What was found but is not in the cache, and why.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A source file that is not in the cache.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeftOut {
+    /// The file, relative to the source's folder.
+    pub file: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// An opened cache.
+#[derive(Debug)]
+pub struct Cache {
+    folder: PathBuf,
+    manifest: CacheManifest,
+    rows: Vec<Row>,
+    tensors: Option<Mmap>,
+}
+
+impl Cache {
+    /// Opens the cache in `folder`. Sizes are checked, digests are not ([`Self::check_digests`]).
+    ///
+    /// # Errors
+    /// A folder that is no complete cache, one of another format version, files whose sizes do not agree.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("manifest.json");
+        let text = std::fs::read_to_string(&path).with_context(|| {
+            format!(
+                "{} is no complete cache; make one with `trainer prepare`",
+                folder.display()
+            )
+        })?;
+        let manifest: CacheManifest =
+            serde_json::from_str(&text).with_context(|| format!("reading {}", path.display()))?;
+        ensure!(
+            manifest.format_version == FORMAT_VERSION,
+            "{} has format version {}; this build reads version {FORMAT_VERSION}",
+            path.display(),
+            manifest.format_version
+        );
+        let rows = index::read_csv(&folder.join("index.csv"))?;
+        let path = folder.join("tensors.u8");
+        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let (length, needed) = (
+            file.metadata()?.len(),
+            rows.len() as u64 * TENSOR_BYTES as u64,
+        );
+        ensure!(
+            manifest.n_rows == rows.len() as u64 && length == needed,
+            "{}: the manifest says {} rows, the index has {}, the tensors have {length} bytes instead of {needed}",
+            folder.display(),
+            manifest.n_rows,
+            rows.len()
+        );
+        let tensors = if rows.is_empty() {
+            None
+        } else {
+            Some(map(&file)?)
+        };
+        Ok(Self {
+            folder: folder.to_owned(),
+            manifest,
+            rows,
+            tensors,
+        })
+    }
+
+    /// The folder it was opened from.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// How it was made.
+    #[must_use]
+    pub fn manifest(&self) -> &CacheManifest {
+        &self.manifest
+    }
+
+    /// Number of slices.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// What is known of each slice.
+    #[must_use]
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
+    /// The rows of `part`, as indices, in order.
+    #[must_use]
+    pub fn part(&self, part: Part) -> Vec<usize> {
+        (0..self.rows.len())
+            .filter(|row| self.rows[*row].part == part)
+            .collect()
+    }
+
+    /// The tensor of `row`: u8 `[3, 256, 256]`.
+    ///
+    /// # Panics
+    /// When `row` is not below [`Self::n_rows`].
+    #[must_use]
+    pub fn tensor(&self, row: usize) -> &[u8] {
+        assert!(row < self.rows.len(), "row {row} of {}", self.rows.len());
+        self.tensors.as_ref().map_or(&[], |tensors| {
+            &tensors[row * TENSOR_BYTES..(row + 1) * TENSOR_BYTES]
+        })
+    }
+
+    /// BLAKE3 over the digests of tensors and index, hexadecimal: the identity of the data.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let both = [
+            self.manifest.tensors_digest.as_bytes(),
+            self.manifest.index_digest.as_bytes(),
+        ]
+        .concat();
+        blake3::hash(&both).to_hex().to_string()
+    }
+
+    /// Reads everything once and compares it with the manifest.
+    ///
+    /// # Errors
+    /// A file whose digest is another one.
+    pub fn check_digests(&self) -> Result<()> {
+        for (name, expected) in [
+            ("tensors.u8", &self.manifest.tensors_digest),
+            ("index.csv", &self.manifest.index_digest),
+        ] {
+            let found = file_digest(&self.folder.join(name))?;
+            ensure!(
+                found == *expected,
+                "{}/{name} has digest {found}; its manifest says {expected}",
+                self.folder.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// BLAKE3 of a file, hexadecimal.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn file_digest(path: &Path) -> Result<String> {
+    let mut reader =
+        BufReader::new(File::open(path).with_context(|| format!("opening {}", path.display()))?);
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n_bytes = reader
+            .read(&mut buffer)
+            .with_context(|| format!("reading {}", path.display()))?;
+        if n_bytes == 0 {
+            return Ok(hasher.finalize().to_hex().to_string());
+        }
+        hasher.update(&buffer[..n_bytes]);
+    }
+}
+
+/// Writes `path` so that it is there whole or not at all: another name, sync, rename, sync of the folder.
+///
+/// # Errors
+/// Whatever the file system answers.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let context = || format!("writing {}", path.display());
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let mut name = path
+        .file_name()
+        .context("a file name is missing")
+        .with_context(context)?
+        .to_owned();
+    name.push(".partial");
+    let partial = folder.join(name);
+    let mut file = File::create(&partial).with_context(context)?;
+    file.write_all(bytes).with_context(context)?;
+    file.sync_all().with_context(context)?;
+    std::fs::rename(&partial, path).with_context(context)?;
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .with_context(context)
+}
+
+#[allow(
+    unsafe_code,
+    reason = "a mapping is the one way to train on data larger than memory"
+)]
+fn map(file: &File) -> Result<Mmap> {
+    // SAFETY: the file belongs to a complete cache, which nothing in this project changes again; if somebody else
+    // truncates it meanwhile, the process ends with SIGBUS, which is what must happen to a training run on changed data.
+    Ok(unsafe { Mmap::map(file) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_without_manifest_is_no_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = format!("{:#}", Cache::open(folder.path()).unwrap_err());
+        assert!(message.contains("trainer prepare"), "{message}");
+    }
+
+    #[test]
+    fn atomic_write_replaces_the_file_and_leaves_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        write_atomically(&path, b"old").unwrap();
+        write_atomically(&path, b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
