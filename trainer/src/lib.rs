@@ -4,6 +4,11 @@
 pub mod architecture;
 pub mod bootstrap;
 pub mod cache;
+pub mod calibrate;
+pub mod execute;
+pub mod export;
 pub mod index;
 pub mod metrics;
+pub mod onnx;
+pub mod quantize;
 pub mod split;

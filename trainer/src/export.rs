@@ -1,0 +1,319 @@
+//! `trainer export`: trained or random weights to a standard f32 ONNX file.
+//!
+//! In: weights by name (`conv1.weight [O,I,3,3]`, `conv1.bias`, ..., `dense1.weight [O,I]`, ...) and the manifest. Out: one file,
+//! opset 13, IR 7: `image` u8 `[N,3,256,256]` -> Cast -> Mul 1/255 -> conv1 -> relu1 -> pool1 -> ... -> flatten -> dense1 -> ... ->
+//! `logit` f32 `[N,1]` -> Sigmoid -> `probability` f32 `[N,1]`. A tensor has its producer's name, the shape of every tensor
+//! stands in `value_info`, weights are raw data, the manifest stands in `metadata_props` under
+//! [`shared::manifest::METADATA_KEY`]. Making the file smaller and faster is [`crate::quantize`]'s.
+
+use std::collections::BTreeMap;
+
+use crate::architecture::{Architecture, Family, pooled_side};
+use crate::onnx::{
+    DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
+};
+
+/// Name of the input, u8 `[N, 3, 256, 256]`.
+pub const IMAGE: &str = "image";
+/// Name of the first output, f32 `[N, 1]`.
+pub const LOGIT: &str = "logit";
+/// Name of the second output, f32 `[N, 1]`, the sigmoid of the first.
+pub const PROBABILITY: &str = "probability";
+/// Scale of the input: the network's first operation, as f32.
+pub const IMAGE_SCALE: f32 = 1.0 / 255.0;
+
+const SIDE: usize = 256;
+const CHANNELS: usize = 3;
+
+/// One weight or bias: shape outermost first, values row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weight {
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Values.
+    pub values: Vec<f32>,
+}
+
+/// Weights by name.
+pub type Weights = BTreeMap<String, Weight>;
+
+/// Why weights cannot be written as a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExportError {
+    /// The architecture has no layers.
+    #[error("{name} has no network to export")]
+    NoNetwork {
+        /// Name of the architecture.
+        name: &'static str,
+    },
+    /// A weight is missing.
+    #[error("the weights hold no {name}")]
+    Missing {
+        /// Name of the weight.
+        name: String,
+    },
+    /// A weight has the wrong shape.
+    #[error("{name} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Name of the weight.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that the architecture asks for.
+        expected: Vec<usize>,
+    },
+    /// The file cannot be encoded.
+    #[error(transparent)]
+    Onnx(#[from] OnnxError),
+}
+
+/// The f32 graph of `architecture` at `width` over `weights`, without manifest.
+///
+/// # Errors
+///
+/// [`ExportError`] where the weights do not fit the architecture.
+pub fn float_model(
+    architecture: &Architecture,
+    width: f64,
+    weights: &Weights,
+) -> Result<ModelProto, ExportError> {
+    match architecture.family {
+        Family::Convolutional => convolutional_model(architecture, width, weights),
+        Family::Majority | Family::Resnet50 | Family::InceptionV3 => Err(ExportError::NoNetwork {
+            name: architecture.name,
+        }),
+    }
+}
+
+/// Shapes of all weights of a convolutional `architecture` at `width`, by name.
+#[must_use]
+pub fn weight_shapes(architecture: &Architecture, width: f64) -> Vec<(String, Vec<usize>)> {
+    let units = architecture.scaled(width);
+    let mut shapes = Vec::new();
+    let mut n_inputs = CHANNELS;
+    for (index, &n_outputs) in units.convolutions.iter().enumerate() {
+        shapes.push((
+            format!("conv{}.weight", index + 1),
+            vec![n_outputs, n_inputs, 3, 3],
+        ));
+        shapes.push((format!("conv{}.bias", index + 1), vec![n_outputs]));
+        n_inputs = n_outputs;
+    }
+    let side = pooled_side(SIDE, units.convolutions.len());
+    n_inputs *= side * side;
+    for (index, n_outputs) in [units.dense, 1].into_iter().enumerate() {
+        shapes.push((
+            format!("dense{}.weight", index + 1),
+            vec![n_outputs, n_inputs],
+        ));
+        shapes.push((format!("dense{}.bias", index + 1), vec![n_outputs]));
+        n_inputs = n_outputs;
+    }
+    shapes
+}
+
+fn convolutional_model(
+    architecture: &Architecture,
+    width: f64,
+    weights: &Weights,
+) -> Result<ModelProto, ExportError> {
+    let mut graph = GraphBuilder::begin(architecture.name);
+    for (name, expected) in weight_shapes(architecture, width) {
+        graph.weight(&name, weights, &expected)?;
+    }
+    let units = architecture.scaled(width);
+    let (mut tensor, mut side) = (graph.scaled_image(), SIDE);
+    for (index, &n_outputs) in units.convolutions.iter().enumerate() {
+        let (conv, relu, pool) = (
+            format!("conv{}", index + 1),
+            format!("relu{}", index + 1),
+            format!("pool{}", index + 1),
+        );
+        side -= 2;
+        let inputs = [
+            tensor.as_str(),
+            &format!("{conv}.weight"),
+            &format!("{conv}.bias"),
+        ];
+        let node = NodeProto::new("Conv", &conv, &inputs, &conv).with_ints("kernel_shape", &[3, 3]);
+        graph.node(
+            node.with_ints("pads", &[0, 0, 0, 0])
+                .with_ints("strides", &[1, 1]),
+            &[n_outputs, side, side],
+        );
+        graph.node(
+            NodeProto::new("Relu", &relu, &[&conv], &relu),
+            &[n_outputs, side, side],
+        );
+        side /= 2;
+        let node =
+            NodeProto::new("MaxPool", &pool, &[&relu], &pool).with_ints("kernel_shape", &[2, 2]);
+        graph.node(node.with_ints("strides", &[2, 2]), &[n_outputs, side, side]);
+        tensor = pool;
+    }
+    let n_features = units
+        .convolutions
+        .last()
+        .map_or(0, |n_channels| n_channels * side * side);
+    graph.node(
+        NodeProto::new("Flatten", "flatten", &[&tensor], "flatten").with_int("axis", 1),
+        &[n_features],
+    );
+    graph.dense("dense1", "flatten", "dense1", units.dense);
+    let relu = format!("relu{}", units.convolutions.len() + 1);
+    graph.node(
+        NodeProto::new("Relu", &relu, &["dense1"], &relu),
+        &[units.dense],
+    );
+    graph.dense("dense2", &relu, LOGIT, 1);
+    Ok(graph.finish())
+}
+
+/// A graph that grows in topological order, with the shape of every tensor.
+pub(crate) struct GraphBuilder {
+    graph: GraphProto,
+}
+
+impl GraphBuilder {
+    pub(crate) fn begin(name: &str) -> Self {
+        let input = vec![ValueInfoProto::batched(
+            IMAGE,
+            DataType::Uint8,
+            &[CHANNELS, SIDE, SIDE],
+        )];
+        Self {
+            graph: GraphProto {
+                name: name.to_owned(),
+                input,
+                ..GraphProto::default()
+            },
+        }
+    }
+
+    /// Adds a node whose only output has `[N, dims...]`.
+    pub(crate) fn node(&mut self, node: NodeProto, dims: &[usize]) {
+        self.graph.value_info.push(ValueInfoProto::batched(
+            &node.output[0],
+            DataType::Float,
+            dims,
+        ));
+        self.graph.node.push(node);
+    }
+
+    /// `image` as f32 in `[0, 1]`; returns the tensor's name.
+    fn scaled_image(&mut self) -> String {
+        let dims = [CHANNELS, SIDE, SIDE];
+        let cast = NodeProto::new("Cast", "image_float", &[IMAGE], "image_float")
+            .with_int("to", i64::from(DataType::Float as i32));
+        self.node(cast, &dims);
+        self.graph
+            .initializer
+            .push(TensorProto::float("image_scale", &[], &[IMAGE_SCALE]));
+        self.node(
+            NodeProto::new(
+                "Mul",
+                "image_scaled",
+                &["image_float", "image_scale"],
+                "image_scaled",
+            ),
+            &dims,
+        );
+        "image_scaled".to_owned()
+    }
+
+    fn weight(
+        &mut self,
+        name: &str,
+        weights: &Weights,
+        expected: &[usize],
+    ) -> Result<(), ExportError> {
+        let missing = || ExportError::Missing {
+            name: name.to_owned(),
+        };
+        let weight = weights.get(name).ok_or_else(missing)?;
+        if weight.shape != expected || weight.values.len() != expected.iter().product::<usize>() {
+            return Err(ExportError::Shape {
+                name: name.to_owned(),
+                found: weight.shape.clone(),
+                expected: expected.to_vec(),
+            });
+        }
+        self.graph
+            .initializer
+            .push(TensorProto::float(name, expected, &weight.values));
+        Ok(())
+    }
+
+    fn dense(&mut self, name: &str, input: &str, output: &str, n_outputs: usize) {
+        let inputs = [input, &format!("{name}.weight"), &format!("{name}.bias")];
+        self.node(
+            NodeProto::new("Gemm", name, &inputs, output).with_int("transB", 1),
+            &[n_outputs],
+        );
+    }
+
+    /// Adds the sigmoid and declares the outputs; the tensor `logit` must stand.
+    fn finish(mut self) -> ModelProto {
+        self.node(
+            NodeProto::new("Sigmoid", PROBABILITY, &[LOGIT], PROBABILITY),
+            &[1],
+        );
+        self.graph
+            .value_info
+            .retain(|value| value.name != LOGIT && value.name != PROBABILITY);
+        self.graph.output = [LOGIT, PROBABILITY]
+            .map(|name| ValueInfoProto::batched(name, DataType::Float, &[1]))
+            .to_vec();
+        ModelProto::new(self.graph)
+    }
+}
+
+/// Random weights: Glorot-uniform kernels, small random biases; the same for the same seed.
+///
+/// # Errors
+///
+/// [`ExportError::NoNetwork`] where the architecture has no layers.
+pub fn random_weights(
+    architecture: &Architecture,
+    width: f64,
+    seed: u64,
+) -> Result<Weights, ExportError> {
+    if architecture.family != Family::Convolutional {
+        return Err(ExportError::NoNetwork {
+            name: architecture.name,
+        });
+    }
+    let mut state = seed;
+    let mut uniform = |limit: f32| {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = state;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^= mixed >> 31;
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "24 random bits are exact in f32"
+        )]
+        let unit = (mixed >> 40) as f32 / (1_u64 << 24) as f32;
+        (unit * 2.0 - 1.0) * limit
+    };
+    let of_shape = |(name, shape): (String, Vec<usize>)| {
+        let n_values: usize = shape.iter().product();
+        let taps: usize = shape.iter().skip(2).product();
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a layer has fewer than 2^24 inputs and outputs"
+        )]
+        let limit = match shape[..] {
+            [n_outputs, n_inputs, ..] => (6.0 / ((n_outputs + n_inputs) * taps) as f32).sqrt(),
+            _ => 0.05,
+        };
+        let values = (0..n_values).map(|_| uniform(limit)).collect();
+        (name, Weight { shape, values })
+    };
+    Ok(weight_shapes(architecture, width)
+        .into_iter()
+        .map(of_shape)
+        .collect())
+}

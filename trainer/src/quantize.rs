@@ -1,0 +1,1163 @@
+//! `trainer quantize`: an f32 file to an int8 file, by calibration alone.
+//!
+//! In: an f32 file of [`crate::export`] and calibration images. Out: the int8 graph in QDQ form that every runtime turns into integer
+//! kernels: `image` u8 -> DequantizeLinear(1/255, 0) -> Conv -> Q -> DQ -> MaxPool -> Q -> DQ -> ... -> Flatten -> Q -> DQ -> Gemm -> Q -> DQ
+//! -> Gemm -> `logit`. Activations are u8; where a ReLU follows, the zero point is 0 and the saturation is the ReLU.
+//! Weights are s8 in [-127, 127], symmetric, one scale an output channel; biases are i32 at the scale input x weight.
+//! MaxPool and Flatten keep their input's scale. The last Gemm has one weight scale and no quantization behind it. No input can
+//! make an i32 accumulator overflow. Profile `tensorrt` instead quantizes the inputs of Conv and Gemm to symmetric s8
+//! and leaves biases alone. Whether the result is good enough is [`crate::verify`]'s question.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::calibrate::{self, Method, Observation, Range};
+use crate::execute::{ExecuteError, FloatGraph, Tensor};
+use crate::export::{IMAGE, IMAGE_SCALE, LOGIT};
+use crate::onnx::{
+    DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
+};
+
+/// Largest factor by which equalisation moves a channel.
+const MAX_EQUALISATION: f32 = 64.0;
+
+/// For whom the file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// Our engine, ONNX Runtime, OpenVINO: u8 activations, i32 biases.
+    Standard,
+    /// TensorRT: symmetric s8 activations, f32 biases.
+    Tensorrt,
+}
+
+/// Whether a step is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// Where it makes the logit's error smaller.
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl Choice {
+    fn tried(self) -> &'static [bool] {
+        match self {
+            Self::Auto => &[false, true],
+            Self::On => &[true],
+            Self::Off => &[false],
+        }
+    }
+}
+
+/// How to quantize.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// For whom the file is.
+    pub profile: Profile,
+    /// One method for every tensor; `None` tries all and takes for each tensor the one with the smallest error of the logit.
+    pub method: Option<Method>,
+    /// Images, the last ones of those given, on which errors of the logit are compared and biases corrected.
+    pub n_selection: usize,
+    /// Cross-layer equalisation.
+    pub equalise: Choice,
+    /// Bias correction.
+    pub correct_bias: Choice,
+}
+
+/// What was chosen, and what it costs.
+#[derive(Clone, Debug, Serialize)]
+pub struct QuantizeReport {
+    /// Images that the ranges were observed on.
+    pub n_calibration: usize,
+    /// Images that errors were compared on.
+    pub n_selection: usize,
+    /// Whether equalisation was applied.
+    pub is_equalised: bool,
+    /// Whether biases were corrected.
+    pub is_bias_corrected: bool,
+    /// Root mean squared error of the logit on the selection images, for every combination tried.
+    pub tried: Vec<Trial>,
+    /// Every activation that got a range.
+    pub tensors: Vec<TensorReport>,
+}
+
+/// One combination that was tried.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Trial {
+    /// Whether equalisation was applied.
+    pub is_equalised: bool,
+    /// Whether biases were corrected.
+    pub is_bias_corrected: bool,
+    /// Root mean squared error of the logit.
+    pub logit_rmse: f64,
+}
+
+/// One activation's quantization.
+#[derive(Clone, Debug, Serialize)]
+pub struct TensorReport {
+    /// Name of the tensor in the f32 file.
+    pub tensor: String,
+    /// How its range was found.
+    pub method: Method,
+    /// The range.
+    pub range: Range,
+    /// Root mean squared error of the logit with this tensor and those before it quantized; NaN where nothing was compared.
+    pub logit_rmse: f64,
+}
+
+/// Why a file cannot be quantized.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuantizeError {
+    /// The file is malformed.
+    #[error(transparent)]
+    Onnx(#[from] OnnxError),
+    /// The graph cannot be run.
+    #[error(transparent)]
+    Execute(#[from] ExecuteError),
+    /// A tensor was not observed.
+    #[error("tensor {name} has no observed range")]
+    Unobserved {
+        /// Its name.
+        name: String,
+    },
+    /// No scale keeps an accumulator within i32.
+    #[error(
+        "node {node}: no weight scale keeps the accumulator of output channel {channel} within i32"
+    )]
+    Overflow {
+        /// Its name.
+        node: String,
+        /// Output channel.
+        channel: usize,
+    },
+    /// There was nothing to calibrate on.
+    #[error("no calibration images")]
+    NoImages,
+}
+
+type Ranges = BTreeMap<String, (Method, Range, f64)>;
+
+/// Quantizes `model`, an f32 file of ours, on `images`, each u8 `[3, 256, 256]`, balanced by class at best. Metadata is left behind.
+/// The result depends on the arguments alone. `progress` is called once an image and pass.
+///
+/// # Errors
+///
+/// [`QuantizeError`] where the graph holds what is not supported or no scale fits.
+pub fn quantize_model(
+    model: &ModelProto,
+    images: &[&[u8]],
+    options: &Options,
+    progress: &(dyn Fn() + Sync),
+) -> Result<(ModelProto, QuantizeReport), QuantizeError> {
+    let selection = &images[images.len().saturating_sub(options.n_selection.max(1))..];
+    if selection.is_empty() {
+        return Err(QuantizeError::NoImages);
+    }
+    let plan = Plan::of(model.graph()?);
+    let reference = logits(&FloatGraph::new(model)?, selection)?;
+    let mut best: Option<(ModelProto, QuantizeReport, f64)> = None;
+    let mut tried = Vec::new();
+    for &is_equalised in options.equalise.tried() {
+        let mut float = model.clone();
+        let mut observed =
+            calibrate::observe(&FloatGraph::new(&float)?, &plan.leaders, images, progress)?;
+        if is_equalised {
+            equalise(&mut float, &plan, &observed)?;
+            observed =
+                calibrate::observe(&FloatGraph::new(&float)?, &plan.leaders, images, progress)?;
+        }
+        let ranges = choose_ranges(&float, &plan, &observed, selection, &reference, options)?;
+        for &is_bias_corrected in options.correct_bias.tried() {
+            if is_bias_corrected {
+                correct_biases(&mut float, &plan, &ranges, selection, options)?;
+            }
+            let quantized = emit(&float, &plan, &ranges, options.profile)?;
+            let logit_rmse = rmse(
+                &logits(&FloatGraph::new(&quantized)?, selection)?,
+                &reference,
+            );
+            tried.push(Trial {
+                is_equalised,
+                is_bias_corrected,
+                logit_rmse,
+            });
+            if best
+                .as_ref()
+                .is_none_or(|(_, _, least)| logit_rmse < *least)
+            {
+                let report = report(
+                    images.len(),
+                    selection.len(),
+                    is_equalised,
+                    is_bias_corrected,
+                    &ranges,
+                    &plan,
+                );
+                best = Some((quantized, report, logit_rmse));
+            }
+        }
+    }
+    let (quantized, mut report, _) = best.ok_or(QuantizeError::NoImages)?;
+    report.tried = tried;
+    Ok((quantized, report))
+}
+
+fn report(
+    n_calibration: usize,
+    n_selection: usize,
+    is_equalised: bool,
+    is_bias_corrected: bool,
+    ranges: &Ranges,
+    plan: &Plan,
+) -> QuantizeReport {
+    let in_order = plan
+        .leaders
+        .iter()
+        .filter_map(|name| Some((name, ranges.get(name)?)));
+    let tensors = in_order
+        .map(|(name, &(method, range, logit_rmse))| TensorReport {
+            tensor: name.clone(),
+            method,
+            range,
+            logit_rmse,
+        })
+        .collect();
+    QuantizeReport {
+        n_calibration,
+        n_selection,
+        is_equalised,
+        is_bias_corrected,
+        tried: Vec::new(),
+        tensors,
+    }
+}
+
+/// Which tensors are quantized, and with whose range.
+struct Plan {
+    /// Tensors with a range of their own, in graph order.
+    leaders: Vec<String>,
+    /// For every quantized tensor the one whose range it shares.
+    leader_of: BTreeMap<String, String>,
+    /// For the output of a node that a ReLU alone reads: the ReLU's output.
+    relu_of: BTreeMap<String, String>,
+}
+
+impl Plan {
+    fn of(graph: &GraphProto) -> Self {
+        let mut readers: BTreeMap<&str, Vec<&NodeProto>> = BTreeMap::new();
+        for node in &graph.node {
+            for input in &node.input {
+                readers.entry(input).or_default().push(node);
+            }
+        }
+        let mut plan = Self {
+            leaders: Vec::new(),
+            leader_of: BTreeMap::new(),
+            relu_of: BTreeMap::new(),
+        };
+        let mut fused = BTreeSet::new();
+        for node in &graph.node {
+            let output = node.output[0].as_str();
+            match node.op_type.as_str() {
+                "Cast" | "Mul" | "Sigmoid" => continue,
+                "MaxPool" | "Flatten" => {
+                    let leader = plan
+                        .leader_of
+                        .get(&node.input[0])
+                        .unwrap_or(&node.input[0])
+                        .clone();
+                    plan.leader_of.insert(output.to_owned(), leader);
+                    continue;
+                }
+                _ if output == LOGIT || fused.contains(output) => continue,
+                _ => {}
+            }
+            let relu = match readers.get(output).map(Vec::as_slice) {
+                Some([only]) if only.op_type == "Relu" && node.op_type != "Relu" => {
+                    Some(only.output[0].clone())
+                }
+                _ => None,
+            };
+            let name = relu.clone().unwrap_or_else(|| output.to_owned());
+            if let Some(relu) = relu {
+                fused.insert(only_name(&relu, graph));
+                plan.relu_of.insert(output.to_owned(), relu);
+            }
+            plan.leader_of.insert(name.clone(), name.clone());
+            plan.leaders.push(name);
+        }
+        plan
+    }
+
+    fn parameters(&self, tensor: &str, ranges: &Ranges) -> Result<Parameters, QuantizeError> {
+        let leader = self.leader_of.get(tensor).map_or(tensor, String::as_str);
+        if leader == "image_scaled" {
+            return Ok(Parameters {
+                scale: IMAGE_SCALE,
+                zero_point: 0,
+            });
+        }
+        let (_, range, _) = ranges
+            .get(leader)
+            .ok_or_else(|| QuantizeError::Unobserved {
+                name: leader.to_owned(),
+            })?;
+        Ok(Parameters::of(*range))
+    }
+}
+
+/// The string as it stands in the graph, so that a set of borrowed names can hold it.
+fn only_name<'a>(name: &str, graph: &'a GraphProto) -> &'a str {
+    let outputs = graph.node.iter().flat_map(|node| &node.output);
+    outputs
+        .into_iter()
+        .find(|output| *output == name)
+        .map_or("", String::as_str)
+}
+
+/// Scale and zero point of a u8 activation: value = (integer - zero point) x scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Parameters {
+    scale: f32,
+    zero_point: u8,
+}
+
+impl Parameters {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to 0..=255"
+    )]
+    fn of(range: Range) -> Self {
+        let width = range.high - range.low;
+        let scale = if width > 0.0 {
+            (width / 255.0).max(f32::MIN_POSITIVE)
+        } else {
+            IMAGE_SCALE
+        };
+        Self {
+            scale,
+            zero_point: (-range.low / scale).round_ties_even().clamp(0.0, 255.0) as u8,
+        }
+    }
+
+    /// Rounds values to what the integers can say.
+    fn apply(self, values: &mut [f32]) {
+        let zero_point = f32::from(self.zero_point);
+        for value in values {
+            *value = (((*value / self.scale).round_ties_even() + zero_point).clamp(0.0, 255.0)
+                - zero_point)
+                * self.scale;
+        }
+    }
+}
+
+/// Symmetric s8: value = integer x scale.
+fn symmetric_scale(range: Range) -> f32 {
+    let magnitude = range.high.max(-range.low);
+    if magnitude > 0.0 {
+        (magnitude / 127.0).max(f32::MIN_POSITIVE)
+    } else {
+        1.0 / 127.0
+    }
+}
+
+fn logits(graph: &FloatGraph, images: &[&[u8]]) -> Result<Vec<f32>, ExecuteError> {
+    images
+        .par_iter()
+        .map(|image| graph.logit(image, &mut |_, _| {}))
+        .collect()
+}
+
+fn rmse(logits: &[f32], reference: &[f32]) -> f64 {
+    let squares = logits
+        .iter()
+        .zip(reference)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
+    (squares.sum::<f64>() / logits.len().max(1) as f64).sqrt()
+}
+
+/// For each tensor in graph order the candidate with the smallest error of the logit, everything before it and all weights being quantized.
+fn choose_ranges(
+    model: &ModelProto,
+    plan: &Plan,
+    observed: &Observation,
+    selection: &[&[u8]],
+    reference: &[f32],
+    options: &Options,
+) -> Result<Ranges, QuantizeError> {
+    let mut ranges = Ranges::new();
+    let fake = FloatGraph::with_weights(model, &fake_quantized_weights(model)?)?;
+    for leader in &plan.leaders {
+        let histogram =
+            observed
+                .histograms
+                .get(leader)
+                .ok_or_else(|| QuantizeError::Unobserved {
+                    name: leader.clone(),
+                })?;
+        let candidates = histogram.ranges();
+        if let Some(method) = options.method {
+            ranges.insert(leader.clone(), (method, candidates[&method], f64::NAN));
+            continue;
+        }
+        let candidates: Vec<(Method, Range)> = candidates.into_iter().collect();
+        let errors = candidate_errors(&fake, leader, &candidates, &ranges, selection, reference)?;
+        let best = candidates
+            .into_iter()
+            .zip(errors)
+            .min_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some(((method, range), error)) = best {
+            ranges.insert(leader.clone(), (method, range, error));
+        }
+    }
+    Ok(ranges)
+}
+
+/// Root mean squared error of the logit for each candidate of `leader`.
+fn candidate_errors(
+    fake: &FloatGraph,
+    leader: &str,
+    candidates: &[(Method, Range)],
+    chosen: &Ranges,
+    selection: &[&[u8]],
+    reference: &[f32],
+) -> Result<Vec<f64>, QuantizeError> {
+    let of_image = |(image, reference): (&&[u8], &f32)| -> Result<Vec<f64>, ExecuteError> {
+        let mut run = fake.begin(image);
+        fake.advance(&mut run, Some(leader), &mut |name, tensor| {
+            if let Some((_, range, _)) = chosen.get(name) {
+                Parameters::of(*range).apply(&mut tensor.values);
+            }
+        })?;
+        let mut errors = Vec::with_capacity(candidates.len());
+        for (_, range) in candidates {
+            let mut run = run.clone();
+            if let Some(tensor) = fake.value_mut(&mut run, leader) {
+                Parameters::of(*range).apply(&mut tensor.values);
+            }
+            fake.advance(&mut run, None, &mut |_, _| {})?;
+            let logit = fake
+                .value(&run, LOGIT)
+                .and_then(|tensor| tensor.values.first().copied());
+            errors.push((f64::from(logit.unwrap_or(f32::NAN)) - f64::from(*reference)).powi(2));
+        }
+        Ok(errors)
+    };
+    let of_images: Vec<Vec<f64>> = selection
+        .par_iter()
+        .zip(reference)
+        .map(of_image)
+        .collect::<Result<_, _>>()?;
+    let mean = |index: usize| {
+        of_images.iter().map(|errors| errors[index]).sum::<f64>() / of_images.len() as f64
+    };
+    Ok((0..candidates.len())
+        .map(|index| mean(index).sqrt())
+        .collect())
+}
+
+/// Weights of Conv and Gemm, rounded to what s8 can say.
+fn fake_quantized_weights(model: &ModelProto) -> Result<BTreeMap<String, Tensor>, QuantizeError> {
+    let graph = model.graph()?;
+    let constants = graph.initializers();
+    let mut weights = BTreeMap::new();
+    for node in graph.node.iter().filter(|node| is_weighted(node)) {
+        let proto = constant(&constants, &node.input[1])?;
+        let mut values = proto.to_f32()?;
+        let n_scales = if node.output[0] == LOGIT {
+            1
+        } else {
+            proto.shape()?.first().copied().unwrap_or(1).max(1)
+        };
+        let a_scale = (values.len() / n_scales).max(1);
+        for row in values.chunks_exact_mut(a_scale) {
+            let scale = weight_scale(row);
+            row.iter_mut().for_each(|value| {
+                *value = (*value / scale).round_ties_even().clamp(-127.0, 127.0) * scale
+            });
+        }
+        weights.insert(
+            node.input[1].clone(),
+            Tensor {
+                shape: proto.shape()?,
+                values,
+            },
+        );
+    }
+    Ok(weights)
+}
+
+fn weight_scale(row: &[f32]) -> f32 {
+    let magnitude = row
+        .iter()
+        .fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    if magnitude > 0.0 {
+        (magnitude / 127.0).max(f32::MIN_POSITIVE)
+    } else {
+        1.0 / 127.0
+    }
+}
+
+fn is_weighted(node: &NodeProto) -> bool {
+    matches!(node.op_type.as_str(), "Conv" | "Gemm")
+}
+
+fn constant<'a>(
+    constants: &BTreeMap<&str, &'a TensorProto>,
+    name: &str,
+) -> Result<&'a TensorProto, OnnxError> {
+    constants
+        .get(name)
+        .copied()
+        .ok_or_else(|| OnnxError::Undefined {
+            name: name.to_owned(),
+        })
+}
+
+/// Moves factors between a layer's output channels and the next layer's input channels, through ReLU, MaxPool and Flatten, so that channels
+/// of small range use more of the tensor's common scale (Nagel et al., "Data-free quantization", 2019, section 4.1, with the observed
+/// range of the activation in place of the first layer's weights, whose scales are free per channel).
+fn equalise(
+    model: &mut ModelProto,
+    plan: &Plan,
+    observed: &Observation,
+) -> Result<(), QuantizeError> {
+    let graph = model.graph()?.clone();
+    for (first, second) in equalised_pairs(&graph) {
+        let activation = plan
+            .relu_of
+            .get(&first.output[0])
+            .unwrap_or(&first.output[0]);
+        let Some(magnitudes) = observed.channel_magnitudes.get(activation) else {
+            continue;
+        };
+        let Some(graph) = model.graph.as_mut() else {
+            return Err(OnnxError::NoGraph.into());
+        };
+        let mut of_first = take_float(graph, &first.input[1])?;
+        let mut bias = take_float(graph, &first.input[2])?;
+        let mut of_second = take_float(graph, &second.input[1])?;
+        let n_channels = magnitudes.len();
+        let n_outputs = of_second.shape.first().copied().unwrap_or(1).max(1);
+        let a_channel = of_second.values.len() / n_outputs / n_channels;
+        if of_first.shape.first() == Some(&n_channels)
+            && a_channel > 0
+            && a_channel * n_channels * n_outputs == of_second.values.len()
+        {
+            let mut reads = vec![0.0_f32; n_channels];
+            for (index, weights) in of_second.values.chunks_exact(a_channel).enumerate() {
+                let read = &mut reads[index % n_channels];
+                *read = weights
+                    .iter()
+                    .fold(*read, |largest, value| largest.max(value.abs()));
+            }
+            let factors = equalisation_factors(magnitudes, &reads);
+            let a_row = of_first.values.len() / n_channels;
+            for (channel, &factor) in factors.iter().enumerate() {
+                of_first.values[channel * a_row..][..a_row]
+                    .iter_mut()
+                    .for_each(|value| *value /= factor);
+                bias.values[channel] /= factor;
+            }
+            for (index, weights) in of_second.values.chunks_exact_mut(a_channel).enumerate() {
+                weights
+                    .iter_mut()
+                    .for_each(|value| *value *= factors[index % n_channels]);
+            }
+        }
+        put_float(graph, &first.input[1], &of_first);
+        put_float(graph, &first.input[2], &bias);
+        put_float(graph, &second.input[1], &of_second);
+    }
+    Ok(())
+}
+
+/// Factor a channel's activation is divided by: sqrt(activation magnitude / weight magnitude of the reader), normalised to geometric mean 1.
+fn equalisation_factors(magnitudes: &[f32], reads: &[f32]) -> Vec<f32> {
+    let raw = magnitudes
+        .iter()
+        .zip(reads)
+        .map(|(magnitude, read)| (magnitude / read).sqrt());
+    let raw: Vec<Option<f32>> = raw
+        .map(|factor| (factor.is_finite() && factor > 0.0).then_some(factor))
+        .collect();
+    let used: Vec<f32> = raw
+        .iter()
+        .filter_map(|factor| factor.map(f32::ln))
+        .collect();
+    let mean = if used.is_empty() {
+        0.0
+    } else {
+        used.iter().sum::<f32>() / used.len() as f32
+    };
+    let normalised = raw
+        .into_iter()
+        .map(|factor| factor.map_or(1.0, |factor| factor / mean.exp()));
+    normalised
+        .map(|factor| factor.clamp(1.0 / MAX_EQUALISATION, MAX_EQUALISATION))
+        .collect()
+}
+
+/// Layers whose output goes, through ReLU, MaxPool and Flatten alone, to one other layer.
+fn equalised_pairs(graph: &GraphProto) -> Vec<(NodeProto, NodeProto)> {
+    let only_reader = |name: &str| {
+        let mut readers = graph
+            .node
+            .iter()
+            .filter(|node| node.input.iter().any(|input| input == name));
+        let first = readers.next();
+        if readers.next().is_some() {
+            None
+        } else {
+            first
+        }
+    };
+    let weighted = graph
+        .node
+        .iter()
+        .filter(|node| is_weighted(node) && node.output[0] != LOGIT && node.input.len() == 3);
+    let pair = |first: &NodeProto| {
+        let mut reader = only_reader(&first.output[0])?;
+        while matches!(reader.op_type.as_str(), "Relu" | "MaxPool" | "Flatten") {
+            reader = only_reader(&reader.output[0])?;
+        }
+        is_weighted(reader).then(|| (first.clone(), reader.clone()))
+    };
+    weighted.filter_map(pair).collect()
+}
+
+fn take_float(graph: &mut GraphProto, name: &str) -> Result<Tensor, OnnxError> {
+    let proto = graph
+        .initializer
+        .iter_mut()
+        .find(|tensor| tensor.name == name);
+    let proto = proto.ok_or_else(|| OnnxError::Undefined {
+        name: name.to_owned(),
+    })?;
+    Ok(Tensor {
+        shape: proto.shape()?,
+        values: proto.to_f32()?,
+    })
+}
+
+fn put_float(graph: &mut GraphProto, name: &str, tensor: &Tensor) {
+    if let Some(proto) = graph
+        .initializer
+        .iter_mut()
+        .find(|candidate| candidate.name == name)
+    {
+        *proto = TensorProto::float(name, &tensor.shape, &tensor.values);
+    }
+}
+
+/// Adds to every bias, layer after layer, what quantization takes from the mean of its output channel (Nagel et al. 2019, section 4.2,
+/// by observation).
+fn correct_biases(
+    model: &mut ModelProto,
+    plan: &Plan,
+    ranges: &Ranges,
+    images: &[&[u8]],
+    options: &Options,
+) -> Result<(), QuantizeError> {
+    let layers: Vec<NodeProto> = model
+        .graph()?
+        .node
+        .iter()
+        .filter(|node| is_weighted(node) && node.input.len() == 3)
+        .cloned()
+        .collect();
+    let wanted: BTreeSet<String> = layers.iter().map(|node| node.output[0].clone()).collect();
+    let float = channel_means(&FloatGraph::new(model)?, &wanted, None, images)?;
+    for layer in &layers {
+        let quantized = emit(model, plan, ranges, options.profile)?;
+        let raw = raw_name(&layer.output[0], plan, options.profile);
+        let means = channel_means(
+            &FloatGraph::new(&quantized)?,
+            &BTreeSet::from([raw.clone()]),
+            Some(&raw),
+            images,
+        )?;
+        let (Some(float), Some(quantized)) = (float.get(&layer.output[0]), means.get(&raw)) else {
+            continue;
+        };
+        let Some(graph) = model.graph.as_mut() else {
+            return Err(OnnxError::NoGraph.into());
+        };
+        let mut bias = take_float(graph, &layer.input[2])?;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a mean of f32 values fits f32"
+        )]
+        for (bias, (float, quantized)) in bias.values.iter_mut().zip(float.iter().zip(quantized)) {
+            *bias += (float - quantized) as f32;
+        }
+        put_float(graph, &layer.input[2], &bias);
+    }
+    Ok(())
+}
+
+/// Mean of each channel of the tensors in `wanted`, over `images`.
+fn channel_means(
+    graph: &FloatGraph,
+    wanted: &BTreeSet<String>,
+    until: Option<&str>,
+    images: &[&[u8]],
+) -> Result<BTreeMap<String, Vec<f64>>, ExecuteError> {
+    let of_image = |image: &&[u8]| {
+        let mut means = BTreeMap::new();
+        let mut run = graph.begin(image);
+        graph.advance(&mut run, until, &mut |name, tensor| {
+            if wanted.contains(name) {
+                let a_channel = (tensor.values.len()
+                    / tensor.shape.first().copied().unwrap_or(1).max(1))
+                .max(1);
+                let planes = tensor.values.chunks_exact(a_channel);
+                let mean = |plane: &[f32]| {
+                    plane.iter().map(|&value| f64::from(value)).sum::<f64>() / a_channel as f64
+                };
+                means.insert(name.to_owned(), planes.map(mean).collect::<Vec<f64>>());
+            }
+        })?;
+        Ok(means)
+    };
+    let of_images: Vec<BTreeMap<String, Vec<f64>>> = images
+        .par_iter()
+        .map(of_image)
+        .collect::<Result<_, ExecuteError>>()?;
+    let mut total: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for (name, means) in of_images.into_iter().flatten() {
+        let sums = total.entry(name).or_insert_with(|| vec![0.0; means.len()]);
+        sums.iter_mut()
+            .zip(means)
+            .for_each(|(sum, mean)| *sum += mean / images.len() as f64);
+    }
+    Ok(total)
+}
+
+/// Name of a node's output before its quantization. Behind it stands a tensor with the name and meaning that it has in the f32 file.
+fn raw_name(output: &str, plan: &Plan, profile: Profile) -> String {
+    if output == LOGIT || profile == Profile::Tensorrt || plan.relu_of.contains_key(output) {
+        output.to_owned()
+    } else {
+        format!("{output}_unquantized")
+    }
+}
+
+/// The int8 graph.
+fn emit(
+    model: &ModelProto,
+    plan: &Plan,
+    ranges: &Ranges,
+    profile: Profile,
+) -> Result<ModelProto, QuantizeError> {
+    let float = model.graph()?;
+    let mut emitter = Emitter {
+        constants: float.initializers(),
+        dims: float
+            .value_info
+            .iter()
+            .filter_map(|value| Some((value.name.as_str(), value.dims()?)))
+            .collect(),
+        plan,
+        ranges,
+        declared: BTreeSet::new(),
+        graph: GraphProto {
+            name: float.name.clone(),
+            input: float.input.clone(),
+            output: float.output.clone(),
+            ..GraphProto::default()
+        },
+    };
+    for node in &float.node {
+        match profile {
+            Profile::Standard => emitter.standard(node)?,
+            Profile::Tensorrt => emitter.tensorrt(node)?,
+        }
+    }
+    let mut quantized = ModelProto::new(emitter.graph);
+    quantized.doc_string.clone_from(&model.doc_string);
+    Ok(quantized)
+}
+
+struct Emitter<'a> {
+    constants: BTreeMap<&'a str, &'a TensorProto>,
+    dims: BTreeMap<&'a str, Vec<usize>>,
+    plan: &'a Plan,
+    ranges: &'a Ranges,
+    declared: BTreeSet<String>,
+    graph: GraphProto,
+}
+
+impl Emitter<'_> {
+    fn standard(&mut self, node: &NodeProto) -> Result<(), QuantizeError> {
+        let output = node.output[0].as_str();
+        match node.op_type.as_str() {
+            "Cast" => Ok(()),
+            "Mul" => {
+                self.declare(
+                    "image",
+                    Parameters {
+                        scale: IMAGE_SCALE,
+                        zero_point: 0,
+                    },
+                );
+                self.push(
+                    NodeProto::new(
+                        "DequantizeLinear",
+                        "image_dequantize",
+                        &[IMAGE, "image_scale", "image_zero_point"],
+                        output,
+                    ),
+                    output,
+                    DataType::Float,
+                );
+                Ok(())
+            }
+            "Sigmoid" => {
+                self.push(node.clone(), output, DataType::Float);
+                Ok(())
+            }
+            "Relu" if self.plan.relu_of.values().any(|relu| relu == output) => Ok(()),
+            _ => {
+                let mut quantized = node.clone();
+                if is_weighted(node) {
+                    self.weights(node)?;
+                }
+                quantized.output[0] = raw_name(output, self.plan, Profile::Standard);
+                let raw = quantized.output[0].clone();
+                self.push(quantized, output, DataType::Float);
+                if output == LOGIT {
+                    Ok(())
+                } else {
+                    self.requantize(&raw, output)
+                }
+            }
+        }
+    }
+
+    /// Q and DQ behind `raw`; what comes out has the name that the f32 file gives it.
+    fn requantize(&mut self, raw: &str, output: &str) -> Result<(), QuantizeError> {
+        let name = self.plan.relu_of.get(output).map_or(output, String::as_str);
+        let leader = self.plan.leader_of.get(name).map_or(name, String::as_str);
+        let parameters = self.plan.parameters(name, self.ranges)?;
+        let prefix = if leader == "image_scaled" {
+            "image"
+        } else {
+            leader
+        };
+        self.declare(prefix, parameters);
+        let (scale, zero_point, integers) = (
+            format!("{prefix}_scale"),
+            format!("{prefix}_zero_point"),
+            format!("{name}_quantized"),
+        );
+        self.push(
+            NodeProto::new(
+                "QuantizeLinear",
+                &format!("{name}_quantize"),
+                &[raw, &scale, &zero_point],
+                &integers,
+            ),
+            output,
+            DataType::Uint8,
+        );
+        self.push(
+            NodeProto::new(
+                "DequantizeLinear",
+                &format!("{name}_dequantize"),
+                &[&integers, &scale, &zero_point],
+                name,
+            ),
+            output,
+            DataType::Float,
+        );
+        Ok(())
+    }
+
+    /// Declares scale and zero point of an activation once.
+    fn declare(&mut self, prefix: &str, parameters: Parameters) {
+        if self.declared.insert(prefix.to_owned()) {
+            self.graph.initializer.push(TensorProto::float(
+                &format!("{prefix}_scale"),
+                &[],
+                &[parameters.scale],
+            ));
+            self.graph.initializer.push(TensorProto::uint8(
+                &format!("{prefix}_zero_point"),
+                &[],
+                &[parameters.zero_point],
+            ));
+        }
+    }
+
+    /// Adds a node whose output has the shape of `like` in the f32 file.
+    fn push(&mut self, node: NodeProto, like: &str, element: DataType) {
+        if let Some(dims) = self.dims.get(like) {
+            self.graph
+                .value_info
+                .push(ValueInfoProto::batched(&node.output[0], element, dims));
+        }
+        self.graph.node.push(node);
+    }
+
+    /// s8 weights and i32 bias of `node` with their DQ, under the names that the node reads.
+    fn weights(&mut self, node: &NodeProto) -> Result<(), QuantizeError> {
+        let input = self.plan.parameters(&node.input[0], self.ranges)?;
+        let weight = constant(&self.constants, &node.input[1])?;
+        let shape = weight.shape()?;
+        let n_outputs = shape.first().copied().unwrap_or(1).max(1);
+        let bias = match node.input.get(2) {
+            Some(name) => constant(&self.constants, name)?.to_f32()?,
+            None => vec![0.0; n_outputs],
+        };
+        let is_per_tensor = node.output[0] == LOGIT;
+        let layer = QuantizedLayer::of(&weight.to_f32()?, &bias, input.scale, is_per_tensor);
+        let layer = layer.map_err(|channel| QuantizeError::Overflow {
+            node: node.name.clone(),
+            channel,
+        })?;
+        let scale_dims: &[usize] = if is_per_tensor { &[] } else { &[n_outputs] };
+        let zeros = vec![0; layer.scales.len()];
+        let name = &node.input[1];
+        self.graph.initializer.push(TensorProto::int8(
+            &format!("{name}_quantized"),
+            &shape,
+            &layer.weights,
+        ));
+        self.graph.initializer.push(TensorProto::float(
+            &format!("{name}_scale"),
+            scale_dims,
+            &layer.scales,
+        ));
+        self.graph.initializer.push(TensorProto::int8(
+            &format!("{name}_zero_point"),
+            scale_dims,
+            &zeros,
+        ));
+        self.dequantize_constant(name);
+        if let Some(name) = node.input.get(2) {
+            let scales: Vec<f32> = layer
+                .scales
+                .iter()
+                .map(|scale| input.scale * scale)
+                .collect();
+            self.graph.initializer.push(TensorProto::int32(
+                &format!("{name}_quantized"),
+                &[n_outputs],
+                &layer.bias,
+            ));
+            self.graph.initializer.push(TensorProto::float(
+                &format!("{name}_scale"),
+                scale_dims,
+                &scales,
+            ));
+            self.graph.initializer.push(TensorProto::int32(
+                &format!("{name}_zero_point"),
+                scale_dims,
+                &vec![0; scales.len()],
+            ));
+            self.dequantize_constant(name);
+        }
+        Ok(())
+    }
+
+    fn dequantize_constant(&mut self, name: &str) {
+        let inputs = [
+            format!("{name}_quantized"),
+            format!("{name}_scale"),
+            format!("{name}_zero_point"),
+        ];
+        let inputs = [inputs[0].as_str(), inputs[1].as_str(), inputs[2].as_str()];
+        self.graph.node.push(
+            NodeProto::new(
+                "DequantizeLinear",
+                &format!("{name}_dequantize"),
+                &inputs,
+                name,
+            )
+            .with_int("axis", 0),
+        );
+    }
+
+    fn tensorrt(&mut self, node: &NodeProto) -> Result<(), QuantizeError> {
+        let output = node.output[0].as_str();
+        for name in node.input.iter().skip(1).filter(|_| !is_weighted(node)) {
+            if let Some(&constant) = self.constants.get(name.as_str()) {
+                self.graph.initializer.push(constant.clone());
+            }
+        }
+        let mut node = node.clone();
+        if is_weighted(&node) {
+            let input = node.input[0].clone();
+            node.input[0] = format!("{input}_dequantized");
+            if self.declared.insert(input.clone()) {
+                self.symmetric_input(&input)?;
+            }
+            let weight = constant(&self.constants, &node.input[1])?;
+            let (shape, values) = (weight.shape()?, weight.to_f32()?);
+            let n_outputs = shape.first().copied().unwrap_or(1).max(1);
+            let rows = values.chunks_exact((values.len() / n_outputs).max(1));
+            let scales: Vec<f32> = rows.clone().map(weight_scale).collect();
+            let integers: Vec<i8> = rows
+                .zip(&scales)
+                .flat_map(|(row, &scale)| row.iter().map(move |&value| to_s8(value, scale)))
+                .collect();
+            let name = node.input[1].clone();
+            self.graph.initializer.push(TensorProto::int8(
+                &format!("{name}_quantized"),
+                &shape,
+                &integers,
+            ));
+            self.graph.initializer.push(TensorProto::float(
+                &format!("{name}_scale"),
+                &[n_outputs],
+                &scales,
+            ));
+            self.graph.initializer.push(TensorProto::int8(
+                &format!("{name}_zero_point"),
+                &[n_outputs],
+                &vec![0; n_outputs],
+            ));
+            self.dequantize_constant(&name);
+            if let Some(name) = node.input.get(2) {
+                self.graph
+                    .initializer
+                    .push(constant(&self.constants, name)?.clone());
+            }
+        }
+        self.push(node, output, DataType::Float);
+        Ok(())
+    }
+
+    /// s8 Q and DQ of a layer's input.
+    fn symmetric_input(&mut self, input: &str) -> Result<(), QuantizeError> {
+        let leader = self.plan.leader_of.get(input).map_or(input, String::as_str);
+        let range = if leader == "image_scaled" {
+            Range {
+                low: 0.0,
+                high: 1.0,
+            }
+        } else {
+            self.ranges
+                .get(leader)
+                .ok_or_else(|| QuantizeError::Unobserved {
+                    name: leader.to_owned(),
+                })?
+                .1
+        };
+        let (scale, zero_point, integers) = (
+            format!("{input}_scale"),
+            format!("{input}_zero_point"),
+            format!("{input}_quantized"),
+        );
+        self.graph
+            .initializer
+            .push(TensorProto::float(&scale, &[], &[symmetric_scale(range)]));
+        self.graph
+            .initializer
+            .push(TensorProto::int8(&zero_point, &[], &[0]));
+        self.push(
+            NodeProto::new(
+                "QuantizeLinear",
+                &format!("{input}_quantize"),
+                &[input, &scale, &zero_point],
+                &integers,
+            ),
+            input,
+            DataType::Int8,
+        );
+        let output = format!("{input}_dequantized");
+        self.push(
+            NodeProto::new(
+                "DequantizeLinear",
+                &format!("{input}_dequantize"),
+                &[&integers, &scale, &zero_point],
+                &output,
+            ),
+            input,
+            DataType::Float,
+        );
+        Ok(())
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "clamped to -127..=127")]
+fn to_s8(value: f32, scale: f32) -> i8 {
+    (value / scale).round_ties_even().clamp(-127.0, 127.0) as i8
+}
+
+/// Integers of one layer.
+struct QuantizedLayer {
+    weights: Vec<i8>,
+    scales: Vec<f32>,
+    bias: Vec<i32>,
+}
+
+impl QuantizedLayer {
+    /// Quantizes `weights [output, inputs]`; a scale is doubled until no accumulator can overflow. The error is the channel for which
+    /// that does not help.
+    fn of(
+        weights: &[f32],
+        bias: &[f32],
+        input_scale: f32,
+        is_per_tensor: bool,
+    ) -> Result<Self, usize> {
+        let n_outputs = bias.len().max(1);
+        let n_groups = if is_per_tensor { 1 } else { n_outputs };
+        let (a_group, biases_a_group) = ((weights.len() / n_groups).max(1), n_outputs / n_groups);
+        let groups = weights
+            .par_chunks_exact(a_group)
+            .zip(bias.par_chunks_exact(biases_a_group))
+            .enumerate();
+        let of_groups: Vec<(Vec<i8>, f32, Vec<i32>)> = groups
+            .map(|(group, (weights, bias))| {
+                let mut scale = weight_scale(weights);
+                for _ in 0..64 {
+                    let integers: Vec<i8> =
+                        weights.iter().map(|&value| to_s8(value, scale)).collect();
+                    let quantized_bias: Option<Vec<i32>> = bias
+                        .iter()
+                        .map(|&value| to_i32(value, input_scale * scale))
+                        .collect();
+                    let fits = |bias: &Vec<i32>| {
+                        shared::quantize::check_accumulators(&integers, bias).is_ok()
+                    };
+                    if let Some(bias) = quantized_bias.filter(fits) {
+                        return Ok((integers, scale, bias));
+                    }
+                    scale *= 2.0;
+                }
+                Err(group)
+            })
+            .collect::<Result<_, usize>>()?;
+        let mut layer = Self {
+            weights: Vec::with_capacity(weights.len()),
+            scales: Vec::new(),
+            bias: Vec::new(),
+        };
+        for (weights, scale, bias) in of_groups {
+            layer.weights.extend(weights);
+            layer.scales.push(scale);
+            layer.bias.extend(bias);
+        }
+        Ok(layer)
+    }
+}
+
+/// The bias as integer at `scale`; `None` where it leaves i32.
+fn to_i32(value: f32, scale: f32) -> Option<i32> {
+    let integer = (f64::from(value) / f64::from(scale)).round_ties_even();
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the range is checked in the same line"
+    )]
+    (integer.abs() <= f64::from(i32::MAX)).then_some(integer as i32)
+}
