@@ -626,7 +626,7 @@ fn shared_groups(plan: &StudyPlan, slices: &[PhantomSlice], stored: &Stored) -> 
             double(item, tags::SPIRAL_PITCH_FACTOR, 0.65);
         });
         group(object, tags::CT_GEOMETRY_SEQUENCE, &|item| {
-            double(item, tags::DISTANCE_SOURCE_TO_DETECTOR, 1000.0);
+            text(item, tags::DISTANCE_SOURCE_TO_DETECTOR, VR::DS, "1000");
             double(item, tags::DISTANCE_SOURCE_TO_DATA_COLLECTION_CENTER, 550.0);
         });
         group(object, tags::CT_RECONSTRUCTION_SEQUENCE, &|item| {
@@ -667,7 +667,7 @@ fn shared_groups(plan: &StudyPlan, slices: &[PhantomSlice], stored: &Stored) -> 
         });
         group(object, tags::CTX_RAY_DETAILS_SEQUENCE, &|item| {
             text(item, tags::KVP, VR::DS, "120");
-            double(item, tags::FOCAL_SPOTS, 1.0);
+            text(item, tags::FOCAL_SPOTS, VR::DS, "1");
             text(item, tags::FILTER_TYPE, VR::SH, "FLAT");
             text(item, tags::FILTER_MATERIAL, VR::CS, "ALUMINUM");
         });
