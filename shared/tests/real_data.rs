@@ -209,6 +209,12 @@ fn twins_in_other_transfer_syntaxes_give_the_same_values() {
         64.25,
         true,
     );
+    check_twin(
+        &twin,
+        &ctimage("JPEGProcess2_4TransferSyntax_1.2.840.10008.1.2.4.51"),
+        36.0,
+        true,
+    );
     if cfg!(feature = "deflate") {
         check_twin(
             &twin,

@@ -9,7 +9,7 @@
 //! 2. [`prescan`]: one bounded pass over the element headers.
 //! 3. `attributes` and `functional_groups`: the few values that are needed, for the object and for one frame.
 //! 4. [`gate`]: the table of what is analysed.
-//! 5. [`pixels`]: one frame's stored values; `codestream` and `rle` belong to it.
+//! 5. [`pixels`]: one frame's stored values; `codestream`, `rle` and `jpeg_dct` belong to it.
 //!
 //! Foreign bytes cannot make this module panic, recurse, or allocate more than one frame ([`pixels::MAX_FRAME_BYTES`]) and a few
 //! megabytes of positions; third-party decoders get one checked frame each and are caught where they panic. Messages hold no
@@ -22,6 +22,7 @@ mod container;
 mod functional_groups;
 pub mod gate;
 mod inflate;
+mod jpeg_dct;
 pub mod pixels;
 pub mod prescan;
 mod rle;

@@ -4,11 +4,12 @@
 //! samples in native layout. One frame at a time; a frame is at most [`MAX_FRAME_BYTES`]. PS3.5 sections 8 and A.4. HU are left
 //! to the rest of the crate.
 //!
-//! RLE is decoded here; JPEG, JPEG-LS and JPEG 2000 go through dicom-rs after [`super::codestream`] has compared their headers
+//! RLE and lossy JPEG are decoded in this crate; lossless JPEG, JPEG-LS and JPEG 2000 go through dicom-rs after [`super::codestream`] has compared their headers
 //! with the data set. A decoder that panics is caught in [`guarded`], the one such place, and becomes a refusal.
 
 use super::Refusal;
 use super::codestream;
+use super::jpeg_dct;
 use super::prescan::PixelData;
 use super::rle;
 use super::transfer_syntax::{Encoding, PixelCoding, TransferSyntax};
@@ -165,6 +166,11 @@ fn encapsulated(
     }
     .map_err(|found| Refusal::Codestream { found })?;
     check_header(frame, &header, coding)?;
+    if matches!((coding, header.marker), (PixelCoding::Jpeg, 0xC0 | 0xC1)) {
+        let values = jpeg_dct::decode(codestream, frame.rows, frame.columns)
+            .map_err(|found| Refusal::Codestream { found })?;
+        return resized(frame, &values, 2);
+    }
     let coded = CodedFrame {
         syntax,
         codestream,
@@ -175,7 +181,11 @@ fn encapsulated(
         bits_stored: frame.format.bits_stored,
     };
     let values = guarded(&coded)?;
-    widened(frame, values, usize::from(coded.bits_allocated / 8))
+    let width = usize::from(coded.bits_allocated / 8);
+    if width == frame.sample_bytes() && values.len() == frame.n_bytes() {
+        return Ok(values);
+    }
+    resized(frame, &values, width)
 }
 
 /// Compares a codestream's header with the data set.
@@ -196,8 +206,8 @@ fn check_header(
         return refuse("a precision outside 2 to Bits Allocated");
     }
     match (coding, header.marker) {
-        (PixelCoding::Jpeg, 0xC0 | 0xC1) if precision != 8 => {
-            return refuse("lossy JPEG of 12 bits, which this build cannot decode");
+        (PixelCoding::Jpeg, 0xC0) if precision != 8 => {
+            return refuse("baseline JPEG of other than 8 bits");
         }
         (PixelCoding::Jpeg, 0xC0 | 0xC1 | 0xC3)
         | (PixelCoding::JpegLs, 0xF7)
@@ -214,8 +224,8 @@ fn check_header(
     Ok(())
 }
 
-/// Values of `from` bytes each to the data set's Bits Allocated, little endian.
-fn widened(frame: &Frame<'_>, values: Vec<u8>, from: usize) -> Result<Vec<u8>, Refusal> {
+/// Values of `from` bytes each in the data set's Bits Allocated, little endian; a value's upper bytes are its sign or cut off.
+fn resized(frame: &Frame<'_>, values: &[u8], from: usize) -> Result<Vec<u8>, Refusal> {
     let needed = frame.n_pixels() * from;
     if values.len() != needed {
         return Err(Refusal::PixelBytes {
@@ -224,17 +234,16 @@ fn widened(frame: &Frame<'_>, values: Vec<u8>, from: usize) -> Result<Vec<u8>, R
         });
     }
     let to = frame.sample_bytes();
-    if from == to {
-        return Ok(values);
+    let mut resized = vec![0; frame.n_bytes()];
+    for (target, value) in resized.chunks_exact_mut(to).zip(values.chunks_exact(from)) {
+        let is_negative =
+            frame.format.is_signed && value.last().is_some_and(|byte| byte & 0x80 != 0);
+        for (index, byte) in target.iter_mut().enumerate() {
+            let extension = if is_negative { 0xFF } else { 0 };
+            *byte = value.get(index).copied().unwrap_or(extension);
+        }
     }
-    let is_signed = frame.format.is_signed;
-    let mut wide = vec![0; frame.n_bytes()];
-    for (target, value) in wide.chunks_exact_mut(to).zip(values.chunks_exact(from)) {
-        let is_negative = is_signed && value.last().is_some_and(|byte| byte & 0x80 != 0);
-        target.fill(if is_negative { 0xFF } else { 0 });
-        target[..from].copy_from_slice(value);
-    }
-    Ok(wide)
+    Ok(resized)
 }
 
 /// The fragments of one frame.
