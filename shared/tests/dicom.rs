@@ -435,6 +435,20 @@ fn each_frame_of_an_enhanced_ct_is_a_slice() {
 }
 
 #[test]
+fn legacy_converted_enhanced_ct_is_read_like_enhanced_ct() {
+    let mut object = enhanced_ct(2);
+    text(
+        &mut object,
+        (0x0008, 0x0016),
+        VR::UI,
+        gate::LEGACY_CONVERTED_ENHANCED_CT_IMAGE,
+    );
+    let bytes = part10(&object, EXPLICIT_LE);
+    let object = dicom::read(&bytes).unwrap();
+    assert_eq!(object.frame(1).unwrap().attributes.z_mm, Some(10.0));
+}
+
+#[test]
 fn functional_groups_are_gated_frame_by_frame() {
     let mut broken = functional_groups(1);
     let mut frame_type = InMemDicomObject::new_empty();

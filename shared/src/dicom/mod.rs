@@ -33,6 +33,7 @@ use crate::stored::{PixelFormat, PixelPadding, SlicePixels};
 use crate::uid::Uid;
 use attributes::Attributes;
 use container::Container;
+use pixels::FrameFragments;
 use prescan::Scan;
 use std::borrow::Cow;
 use thiserror::Error;
@@ -299,6 +300,7 @@ pub struct Object<'a> {
     scan: Scan,
     /// The data set's own attributes, without any frame's.
     attributes: Attributes,
+    frames: FrameFragments,
     identity: Identity,
 }
 
@@ -399,13 +401,17 @@ pub fn read(bytes: &[u8]) -> Result<Object<'_>, ReadError> {
         transfer_syntax: container.transfer_syntax_uid.clone(),
         modality: attributes.text(attributes::MODALITY),
     };
-    Ok(Object {
+    let mut object = Object {
         data,
         container,
         scan,
         attributes,
+        frames: FrameFragments::default(),
         identity,
-    })
+    };
+    let n_frames = object.n_frames() as usize;
+    object.frames = FrameFragments::find(&object.data, object.scan.pixel_data.as_ref(), n_frames);
+    Ok(object)
 }
 
 impl Object<'_> {
@@ -481,7 +487,7 @@ impl Object<'_> {
                 bytes: &self.data,
                 pixel_data,
                 frame_index,
-                n_frames: self.n_frames() as usize,
+                frames: &self.frames,
                 rows: accepted.rows,
                 columns: accepted.columns,
                 format: accepted.format,

@@ -36,8 +36,8 @@ pub(super) struct Frame<'a> {
     pub(super) pixel_data: &'a PixelData,
     /// Which frame, from 0.
     pub(super) frame_index: usize,
-    /// Frames of the object.
-    pub(super) n_frames: usize,
+    /// Where the object's frames lie among its fragments.
+    pub(super) frames: &'a FrameFragments,
     /// Rows.
     pub(super) rows: u16,
     /// Columns.
@@ -83,14 +83,8 @@ pub(super) fn decode(frame: &Frame<'_>, syntax: &TransferSyntax) -> Result<Vec<u
         (PixelData::Native { value, is_word }, PixelCoding::Native) => {
             native(frame, value.clone(), *is_word, syntax.encoding)
         }
-        (
-            PixelData::Encapsulated {
-                offset_table,
-                fragments,
-            },
-            coding,
-        ) if coding != PixelCoding::Native => {
-            let fragments = fragments_of(frame, offset_table.clone(), fragments)?;
+        (PixelData::Encapsulated { fragments, .. }, coding) if coding != PixelCoding::Native => {
+            let fragments = frame.frames.of(frame.frame_index, fragments)?;
             encapsulated(frame, &joined(frame.bytes, fragments), coding, syntax)
         }
         (PixelData::Native { .. }, _) => Err(Refusal::Encapsulation {
@@ -246,55 +240,72 @@ fn resized(frame: &Frame<'_>, values: &[u8], from: usize) -> Result<Vec<u8>, Ref
     Ok(resized)
 }
 
-/// The fragments of one frame.
-///
-/// # Errors
-///
-/// [`Refusal::FrameBounds`] where neither the counts, nor the offset table, nor the codestreams' beginnings tell.
-fn fragments_of<'f>(
-    frame: &Frame<'_>,
-    offset_table: Range<usize>,
-    fragments: &'f [Range<usize>],
-) -> Result<&'f [Range<usize>], Refusal> {
-    let refusal = Refusal::FrameBounds {
-        n_fragments: fragments.len(),
-        n_frames: frame.n_frames,
-    };
-    if fragments.is_empty() {
-        return Err(refusal);
-    }
-    if frame.n_frames == 1 {
-        return Ok(fragments);
-    }
-    if fragments.len() == frame.n_frames {
-        return fragments
-            .get(frame.frame_index..=frame.frame_index)
-            .ok_or(refusal);
-    }
-    let starts = starts_by_offsets(frame, offset_table, fragments)
-        .or_else(|| starts_by_codestream(frame, fragments))
-        .filter(|starts| starts.len() == frame.n_frames)
-        .ok_or_else(|| refusal.clone())?;
-    let start = *starts
-        .get(frame.frame_index)
-        .ok_or_else(|| refusal.clone())?;
-    let end = starts
-        .get(frame.frame_index + 1)
-        .copied()
-        .unwrap_or(fragments.len());
-    fragments.get(start..end).ok_or(refusal)
+/// Where frames lie among fragments (PS3.5 section A.4); found once for an object, however many frames are asked for.
+#[derive(Debug, Default)]
+pub(super) struct FrameFragments {
+    n_frames: usize,
+    /// Each frame's first fragment; empty where nothing tells.
+    starts: Vec<usize>,
 }
 
-/// Each frame's first fragment, by the Basic Offset Table: offsets of items from the first fragment's item on.
+impl FrameFragments {
+    /// Finds the frames: one frame has all fragments; as many fragments as frames are one each; otherwise the Basic Offset Table
+    /// tells, or what the codestreams begin with.
+    pub(super) fn find(bytes: &[u8], pixel_data: Option<&PixelData>, n_frames: usize) -> Self {
+        let Some(PixelData::Encapsulated {
+            offset_table,
+            fragments,
+        }) = pixel_data
+        else {
+            return Self::default();
+        };
+        let starts = if fragments.is_empty() {
+            None
+        } else if n_frames == 1 {
+            Some(vec![0])
+        } else if fragments.len() == n_frames {
+            Some((0..n_frames).collect())
+        } else {
+            let table = bytes.get(offset_table.clone()).unwrap_or_default();
+            starts_by_offsets(table, fragments, n_frames)
+                .or_else(|| starts_by_codestream(bytes, fragments))
+                .filter(|starts| starts.len() == n_frames)
+        };
+        Self {
+            n_frames,
+            starts: starts.unwrap_or_default(),
+        }
+    }
+
+    /// The fragments of one frame.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::FrameBounds`] where nothing tells which they are.
+    fn of<'f>(
+        &self,
+        frame_index: usize,
+        fragments: &'f [Range<usize>],
+    ) -> Result<&'f [Range<usize>], Refusal> {
+        let start = self.starts.get(frame_index);
+        let end = self.starts.get(frame_index + 1);
+        start
+            .and_then(|&start| fragments.get(start..end.copied().unwrap_or(fragments.len())))
+            .ok_or(Refusal::FrameBounds {
+                n_fragments: fragments.len(),
+                n_frames: self.n_frames,
+            })
+    }
+}
+
+/// Each frame's first fragment, by the Basic Offset Table: offsets of items, counted from the first fragment's item. Every offset
+/// must be that of a fragment, and they must rise.
 fn starts_by_offsets(
-    frame: &Frame<'_>,
-    offset_table: Range<usize>,
+    table: &[u8],
     fragments: &[Range<usize>],
+    n_frames: usize,
 ) -> Option<Vec<usize>> {
-    /// Tag and length of an item.
-    const ITEM_HEADER_BYTES: usize = 8;
-    let table = frame.bytes.get(offset_table)?;
-    if table.len() != 4 * frame.n_frames {
+    if table.len() != 4 * n_frames {
         return None;
     }
     let first = fragments.first()?.start;
@@ -303,24 +314,21 @@ fn starts_by_offsets(
         .map(|entry| {
             let offset = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]) as usize;
             fragments
-                .binary_search_by_key(&(first + offset), |fragment| fragment.start)
+                .binary_search_by_key(&first.saturating_add(offset), |fragment| fragment.start)
                 .ok()
         })
         .collect::<Option<Vec<usize>>>()
-        .filter(|starts| starts.is_sorted() && first >= ITEM_HEADER_BYTES)
+        .filter(|starts| starts.first() == Some(&0) && starts.is_sorted_by(|a, b| a < b))
 }
 
 /// Each frame's first fragment, by what codestreams begin with.
-fn starts_by_codestream(frame: &Frame<'_>, fragments: &[Range<usize>]) -> Option<Vec<usize>> {
-    let begins = |fragment: &Range<usize>| {
-        frame
-            .bytes
-            .get(fragment.clone())
+fn starts_by_codestream(bytes: &[u8], fragments: &[Range<usize>]) -> Option<Vec<usize>> {
+    let begins = |index: &usize| {
+        bytes
+            .get(fragments[*index].clone())
             .is_some_and(codestream::begins)
     };
-    let starts: Vec<usize> = (0..fragments.len())
-        .filter(|&index| begins(&fragments[index]))
-        .collect();
+    let starts: Vec<usize> = (0..fragments.len()).filter(begins).collect();
     (starts.first() == Some(&0)).then_some(starts)
 }
 
