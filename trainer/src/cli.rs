@@ -1,28 +1,35 @@
 //! The command line of `trainer`.
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
-use crate::exit::{Exit, TABLE};
+use crate::exit::TABLE;
+use crate::prepare;
 
 /// Trains, evaluates, quantizes and exports a pulmonary embolism classifier.
 #[derive(Debug, Parser)]
 #[command(name = "trainer", version, about, after_help = TABLE)]
 pub struct Cli {
-    /// What to do.
+    /// What to do; without a command the whole pipeline runs on a phantom, into runs/demo
     #[command(subcommand)]
     pub command: Option<Command>,
 }
 
 /// The stages.
 #[derive(Debug, Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Decode a source into a cache folder
+    Prepare(prepare::PrepareArgs),
+}
 
 /// Runs a parsed command line.
 ///
 /// # Errors
 /// What the stage says; [`crate::exit::code_of`] gives the exit code.
-pub fn run(cli: &Cli) -> anyhow::Result<Exit> {
+pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
-        Some(_) | None => Ok(Exit::Ok),
+        Some(Command::Prepare(args)) => prepare::run(args),
+        None => Ok(ExitCode::SUCCESS),
     }
 }

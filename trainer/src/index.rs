@@ -51,7 +51,7 @@ pub enum Part {
 }
 
 /// One slice.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Study Instance UID (0020,000D).
     pub study_uid: Uid,

@@ -12,5 +12,8 @@ pub mod export;
 pub mod index;
 pub mod metrics;
 pub mod onnx;
+pub mod prepare;
+pub mod progress;
 pub mod quantize;
+pub mod source;
 pub mod split;

@@ -9,7 +9,7 @@ use trainer::{cli, exit};
 fn main() -> ExitCode {
     let arguments = cli::Cli::parse();
     match cli::run(&arguments) {
-        Ok(code) => code.into(),
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             exit::code_of(&error).into()
