@@ -1,19 +1,25 @@
 //! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, network, train, metrics, bootstrap, export, quantize, verify, report.
+//! index, split, cache, architecture, initialise, network, operators, train, checkpoint, metrics, bootstrap, export,
+//! quantize, verify, report.
 
 pub mod architecture;
 pub mod bootstrap;
 pub mod cache;
 pub mod calibrate;
+pub mod checkpoint;
 pub mod cli;
 pub mod execute;
 pub mod exit;
 pub mod export;
 pub mod index;
+pub mod initialise;
 pub mod metrics;
+pub mod network;
 pub mod onnx;
+pub mod operators;
 pub mod prepare;
 pub mod progress;
 pub mod quantize;
+pub mod random;
 pub mod source;
 pub mod split;

@@ -1,0 +1,347 @@
+//! The network: from a batch of images to logits, with its weights as candle variables.
+//!
+//! In: u8 images `[image, 3, 256, 256]`, channels lung, PE, mediastinal; scaling by 1/255 is part of the network. Out: one
+//! logit an image; its sigmoid is the probability of PE. Which layers there are is [`crate::architecture`]'s; the
+//! arithmetic is [`crate::operators`]'.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor, Var};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::architecture::{self, Architecture, Family, pooled_side};
+use crate::checkpoint::write_atomically;
+use crate::initialise::glorot_uniform;
+use crate::operators::convolution::ConvolutionReluPool;
+use crate::operators::dense::{Dense, Flatten};
+
+/// Why a network was not built, run, loaded or saved.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetworkError {
+    /// No such row, or a row without weights.
+    #[error("`{0}` is not a network that can be trained")]
+    NotTrainable(String),
+    /// The weights file lacks something or has another shape.
+    #[error("weights file {path}: {fault}")]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: String,
+    },
+    /// The file could not be read or written.
+    #[error("weights file {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// A weights variable and the name it has in files.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    /// `conv1.weight`, `conv1.bias`, ..., `dense2.bias`.
+    pub name: String,
+    /// The values, f32.
+    pub variable: Var,
+}
+
+/// A network with its weights.
+#[derive(Debug)]
+pub struct Network {
+    architecture: &'static Architecture,
+    width: f64,
+    device: Device,
+    parameters: Vec<Parameter>,
+    n_convolutions: usize,
+}
+
+/// Shape of one parameter and the fans of its first values (`None`: zero).
+struct Plan {
+    name: String,
+    shape: Vec<usize>,
+    fans: Option<(usize, usize)>,
+}
+
+/// The parameters of a convolutional row, in the order the data meets them.
+fn plan(architecture: &Architecture, width: f64, side: usize) -> Vec<Plan> {
+    let units = architecture.scaled(width);
+    let mut plans = Vec::new();
+    let mut channels_in = shared::CHANNELS;
+    let mut layer = |name: String, shape: Vec<usize>, fans: (usize, usize)| {
+        let n_out = shape[0];
+        plans.push(Plan {
+            name: format!("{name}.weight"),
+            shape,
+            fans: Some(fans),
+        });
+        plans.push(Plan {
+            name: format!("{name}.bias"),
+            shape: vec![n_out],
+            fans: None,
+        });
+    };
+    for (index, &channels) in units.convolutions.iter().enumerate() {
+        layer(
+            format!("conv{}", index + 1),
+            vec![channels, channels_in, 3, 3],
+            (9 * channels_in, 9 * channels),
+        );
+        channels_in = channels;
+    }
+    let side = pooled_side(side, units.convolutions.len());
+    let n_flat = channels_in * side * side;
+    layer(
+        "dense1".into(),
+        vec![units.dense, n_flat],
+        (n_flat, units.dense),
+    );
+    layer("dense2".into(), vec![1, units.dense], (units.dense, 1));
+    plans
+}
+
+impl Network {
+    /// A network with Glorot-uniform weights and zero biases drawn from `seed`.
+    ///
+    /// # Errors
+    /// When the row has no weights to train.
+    pub fn new(
+        architecture: &'static Architecture,
+        width: f64,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self, NetworkError> {
+        Self::for_side(architecture, width, shared::SIDE, seed, device)
+    }
+
+    /// As [`Network::new`], for images of `side` rows and columns: the tests' small images.
+    ///
+    /// # Errors
+    /// When the row has no weights to train.
+    pub fn for_side(
+        architecture: &'static Architecture,
+        width: f64,
+        side: usize,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self, NetworkError> {
+        if architecture.family != Family::Convolutional {
+            return Err(NetworkError::NotTrainable(architecture.name.into()));
+        }
+        let mut parameters = Vec::new();
+        for (stream, plan) in (0u64..).zip(plan(architecture, width, side)) {
+            let n: usize = plan.shape.iter().product();
+            let first = match plan.fans {
+                Some((fan_in, fan_out)) => glorot_uniform(n, fan_in, fan_out, seed, stream),
+                None => vec![0.0; n],
+            };
+            let variable = Var::from_tensor(&Tensor::from_vec(first, plan.shape, device)?)?;
+            parameters.push(Parameter {
+                name: plan.name,
+                variable,
+            });
+        }
+        Ok(Self {
+            architecture,
+            width,
+            device: device.clone(),
+            parameters,
+            n_convolutions: architecture.convolutions.len(),
+        })
+    }
+
+    /// The network of a weights file, by the architecture and width in its metadata.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not safetensors, or does not hold exactly this network.
+    pub fn load(path: &Path, device: &Device) -> Result<Self, NetworkError> {
+        let bytes = read(path)?;
+        let fault = |fault: String| NetworkError::Weights {
+            path: path.into(),
+            fault,
+        };
+        let (_, header) =
+            SafeTensors::read_metadata(&bytes).map_err(|error| fault(error.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let field = |key: &str| {
+            metadata
+                .get(key)
+                .ok_or_else(|| fault(format!("metadata has no `{key}`")))
+        };
+        let name = field("architecture")?;
+        let architecture = architecture::find(name)
+            .ok_or_else(|| fault(format!("unknown architecture `{name}`")))?;
+        let width: f64 = field("width")?
+            .parse()
+            .map_err(|_| fault("metadata `width` is not a number".into()))?;
+        let network = Self::new(architecture, width, 0, device)?;
+        network.set_from(path, &bytes)?;
+        Ok(network)
+    }
+
+    /// Replaces the weights by those of a file, which must name the same parameters with the same shapes; its metadata
+    /// is not looked at.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a parameter is missing, unknown or of another shape.
+    pub fn set_weights(&self, path: &Path) -> Result<(), NetworkError> {
+        self.set_from(path, &read(path)?)
+    }
+
+    fn set_from(&self, path: &Path, bytes: &[u8]) -> Result<(), NetworkError> {
+        let fault = |fault: String| NetworkError::Weights {
+            path: path.into(),
+            fault,
+        };
+        let file = SafeTensors::deserialize(bytes).map_err(|error| fault(error.to_string()))?;
+        for name in file.names() {
+            if !self
+                .parameters
+                .iter()
+                .any(|parameter| parameter.name == name)
+            {
+                return Err(fault(format!(
+                    "`{name}` is not a parameter of {}",
+                    self.architecture.name
+                )));
+            }
+        }
+        for Parameter { name, variable } in &self.parameters {
+            let view = file
+                .tensor(name)
+                .map_err(|_| fault(format!("`{name}` is missing")))?;
+            if view.shape() != variable.dims() || view.dtype() != Dtype::F32 {
+                return Err(fault(format!(
+                    "`{name}` is {:?} {:?}, not F32 {:?}",
+                    view.dtype(),
+                    view.shape(),
+                    variable.dims()
+                )));
+            }
+            variable.set(&Tensor::from_raw_buffer(
+                view.data(),
+                DType::F32,
+                view.shape(),
+                &self.device,
+            )?)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the weights with the metadata `architecture` and `width`; whole or not at all.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<(), NetworkError> {
+        let metadata = HashMap::from([
+            ("architecture".to_owned(), self.architecture.name.to_owned()),
+            ("width".to_owned(), self.width.to_string()),
+        ]);
+        let mut parts = Vec::new();
+        for parameter in &self.parameters {
+            parts.push((
+                parameter.name.clone(),
+                parameter.variable.dims().to_vec(),
+                self.values(parameter)?,
+            ));
+        }
+        let bytes = to_safetensors(&parts, metadata).map_err(|fault| NetworkError::Weights {
+            path: path.into(),
+            fault,
+        })?;
+        write_atomically(path, &bytes).map_err(|source| NetworkError::File {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// A parameter's values, row-major.
+    fn values(&self, parameter: &Parameter) -> Result<Vec<f32>, NetworkError> {
+        Ok(parameter.variable.flatten_all()?.to_vec1::<f32>()?)
+    }
+
+    /// Logits `[image, 1]` f32 of u8 images `[image, 3, row, column]`.
+    ///
+    /// # Errors
+    /// When the images have another shape or type.
+    pub fn forward(&self, images: &Tensor) -> Result<Tensor, NetworkError> {
+        let mut map = images.clone();
+        let mut parameters = self.parameters.chunks_exact(2);
+        let mut n_channels = 0;
+        for (index, layer) in parameters.by_ref().take(self.n_convolutions).enumerate() {
+            let (weight, bias) = (&layer[0].variable, &layer[1].variable);
+            map = map.apply_op3(weight, bias, ConvolutionReluPool::new(index > 0))?;
+            n_channels = weight.dim(0)?;
+        }
+        let mut flat = map.apply_op1(Flatten { n_channels })?;
+        for (layer, has_relu) in parameters.zip([true, false]) {
+            flat = flat.apply_op3(&layer[0].variable, &layer[1].variable, Dense { has_relu })?;
+        }
+        Ok(flat)
+    }
+
+    /// The weights in the order the data meets them.
+    #[must_use]
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// How many values the weights hold together.
+    #[must_use]
+    pub fn n_parameters(&self) -> usize {
+        self.parameters
+            .iter()
+            .map(|parameter| parameter.variable.elem_count())
+            .sum()
+    }
+
+    /// The row of the publication's table.
+    #[must_use]
+    pub fn architecture(&self) -> &'static Architecture {
+        self.architecture
+    }
+
+    /// The width factor.
+    #[must_use]
+    pub fn width(&self) -> f64 {
+        self.width
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, NetworkError> {
+    std::fs::read(path).map_err(|source| NetworkError::File {
+        path: path.into(),
+        source,
+    })
+}
+
+/// A safetensors file of f32 tensors (name, shape, values).
+pub(crate) fn to_safetensors(
+    parts: &[(String, Vec<usize>, Vec<f32>)],
+    metadata: HashMap<String, String>,
+) -> Result<Vec<u8>, String> {
+    let bytes: Vec<Vec<u8>> = parts
+        .iter()
+        .map(|(_, _, values)| {
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
+        })
+        .collect();
+    let mut views = Vec::new();
+    for ((name, shape, _), bytes) in parts.iter().zip(&bytes) {
+        let view =
+            TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|error| error.to_string())?;
+        views.push((name.as_str(), view));
+    }
+    safetensors::serialize(views, Some(metadata)).map_err(|error| error.to_string())
+}

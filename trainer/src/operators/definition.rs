@@ -1,0 +1,173 @@
+//! What the operators compute, written as plainly as possible in f64, and the proof by finite differences that the
+//! gradients written here are the gradients.
+
+/// A feature map `[channel, row, column]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Map {
+    pub(crate) channels: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) values: Vec<f64>,
+}
+
+impl Map {
+    fn at(&self, channel: usize, row: usize, column: usize) -> f64 {
+        self.values[(channel * self.rows + row) * self.columns + column]
+    }
+}
+
+/// Gradients of one image.
+#[derive(Debug)]
+pub(crate) struct Back {
+    pub(crate) input: Vec<f64>,
+    pub(crate) weight: Vec<f64>,
+    pub(crate) bias: Vec<f64>,
+}
+
+/// Value and position of the first maximum of a window, before ReLU.
+fn largest(
+    input: &Map,
+    weight: &[f64],
+    bias: &[f64],
+    out: usize,
+    row: usize,
+    column: usize,
+) -> (f64, usize, usize) {
+    let mut best = (f64::NEG_INFINITY, 0, 0);
+    for (y, x) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let (y, x) = (2 * row + y, 2 * column + x);
+        let mut sum = bias[out];
+        for c in 0..input.channels {
+            for i in 0..3 {
+                for j in 0..3 {
+                    sum += weight[((out * input.channels + c) * 3 + i) * 3 + j]
+                        * input.at(c, y + i, x + j);
+                }
+            }
+        }
+        if sum > best.0 {
+            best = (sum, y, x);
+        }
+    }
+    best
+}
+
+pub(crate) fn convolution_relu_pool(input: &Map, weight: &[f64], bias: &[f64]) -> Map {
+    let (rows, columns) = ((input.rows - 2) / 2, (input.columns - 2) / 2);
+    let mut values = Vec::new();
+    for out in 0..bias.len() {
+        for row in 0..rows {
+            for column in 0..columns {
+                values.push(largest(input, weight, bias, out, row, column).0.max(0.0));
+            }
+        }
+    }
+    Map {
+        channels: bias.len(),
+        rows,
+        columns,
+        values,
+    }
+}
+
+pub(crate) fn convolution_relu_pool_gradient(
+    input: &Map,
+    weight: &[f64],
+    bias: &[f64],
+    gradient: &Map,
+) -> Back {
+    let mut back = Back {
+        input: vec![0.0; input.values.len()],
+        weight: vec![0.0; weight.len()],
+        bias: vec![0.0; bias.len()],
+    };
+    for out in 0..bias.len() {
+        for row in 0..gradient.rows {
+            for column in 0..gradient.columns {
+                let (value, y, x) = largest(input, weight, bias, out, row, column);
+                if value <= 0.0 {
+                    continue;
+                }
+                let g = gradient.at(out, row, column);
+                back.bias[out] += g;
+                for c in 0..input.channels {
+                    for i in 0..3 {
+                        for j in 0..3 {
+                            let w = ((out * input.channels + c) * 3 + i) * 3 + j;
+                            let v = (c * input.rows + y + i) * input.columns + x + j;
+                            back.weight[w] += g * input.values[v];
+                            back.input[v] += g * weight[w];
+                        }
+                    }
+                }
+            }
+        }
+    }
+    back
+}
+
+mod tests {
+    use super::*;
+    use crate::random::Random;
+
+    #[test]
+    fn written_gradients_are_the_finite_differences() {
+        let mut random = Random::new(5, 0);
+        let mut draw = |n: usize| (0..n).map(|_| random.uniform() - 0.5).collect::<Vec<f64>>();
+        // 9 x 8: the convolution has an odd number of rows, the last of which pooling drops.
+        let input = Map {
+            channels: 2,
+            rows: 9,
+            columns: 8,
+            values: draw(2 * 9 * 8),
+        };
+        let (weight, bias) = (draw(3 * 2 * 9), draw(3));
+        let gradient = Map {
+            channels: 3,
+            rows: 3,
+            columns: 3,
+            values: draw(27),
+        };
+        let objective = |input: &Map, weight: &[f64], bias: &[f64]| -> f64 {
+            let pooled = convolution_relu_pool(input, weight, bias);
+            pooled
+                .values
+                .iter()
+                .zip(&gradient.values)
+                .map(|(a, b)| a * b)
+                .sum()
+        };
+        let back = convolution_relu_pool_gradient(&input, &weight, &bias, &gradient);
+        let step = 1e-6;
+        let check = |expected: f64, plus: f64, minus: f64| {
+            assert!(
+                ((plus - minus) / (2.0 * step) - expected).abs() < 1e-7,
+                "{expected}"
+            );
+        };
+        for (index, &expected) in back.input.iter().enumerate() {
+            let [plus, minus] = [step, -step].map(|step| {
+                let mut moved = input.clone();
+                moved.values[index] += step;
+                objective(&moved, &weight, &bias)
+            });
+            check(expected, plus, minus);
+        }
+        for (index, &expected) in back.weight.iter().enumerate() {
+            let [plus, minus] = [step, -step].map(|step| {
+                let mut moved = weight.clone();
+                moved[index] += step;
+                objective(&input, &moved, &bias)
+            });
+            check(expected, plus, minus);
+        }
+        for (index, &expected) in back.bias.iter().enumerate() {
+            let [plus, minus] = [step, -step].map(|step| {
+                let mut moved = bias.clone();
+                moved[index] += step;
+                objective(&input, &weight, &moved)
+            });
+            check(expected, plus, minus);
+        }
+    }
+}
