@@ -1,1 +1,20 @@
-//! stub
+//! Runs the quantized network: an ONNX file in, logits out, the same bits on every CPU and for every number of threads.
+//!
+//! The stages in the order the data meets them: [`model`] loads a file, `graph` indexes it, `chain` recognises the quantized
+//! layers, `network` checks and packs them for one of the [`kernels`], `session` runs them on images. What is no such chain
+//! runs through `tract`. `explain` measures each layer.
+//!
+//! No file and no socket is opened here; the caller brings the bytes.
+
+mod chain;
+mod explain;
+mod graph;
+pub mod kernels;
+pub mod model;
+mod network;
+mod session;
+mod tract;
+
+pub use explain::{Explanation, LayerReport};
+pub use kernels::Kernel;
+pub use model::{LoadError, Model, Options, RunError, Session};

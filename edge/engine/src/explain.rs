@@ -1,0 +1,175 @@
+//! What runs where: one measured run, layer by layer.
+//!
+//! In: a model. Out: for each layer its time, multiply-accumulates, bytes and share of what the core's multipliers can do, measured
+//! in the same moment. One thread, so that times are those of the layers.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::kernels::peak_macs_per_second;
+use crate::model::{Model, Program, RunError};
+use crate::network::Network;
+use crate::session::Runner;
+
+/// Runs of which each layer's median is taken.
+const RUNS: usize = 5;
+
+/// How a model runs on this machine.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// Kernel, or `tract`.
+    pub runs_on: String,
+    /// Why the graph did not become our chain, where tract runs it.
+    pub reason: Option<String>,
+    /// Multiply-accumulates a second of one core with the kernel's instruction and nothing else; `None` where not measured.
+    pub peak_macs_per_second: Option<f64>,
+    /// Bytes of activations of a session of one thread.
+    pub activation_bytes: usize,
+    /// The layers in order.
+    pub layers: Vec<LayerReport>,
+}
+
+/// One layer of an [`Explanation`].
+#[derive(Clone, Debug)]
+pub struct LayerReport {
+    /// Name of the ONNX node.
+    pub name: String,
+    /// What the layer became.
+    pub operator: &'static str,
+    /// Median time of one image, in microseconds.
+    pub micros: f64,
+    /// Multiply-accumulates of one image, by definition.
+    pub macs: u64,
+    /// Bytes of packed parameters that one image reads at least once.
+    pub weight_bytes: usize,
+    /// Share of the peak, 0 to 1.
+    pub share_of_peak: Option<f64>,
+}
+
+impl Model {
+    /// Runs the model a few times on a seeded noise image, on one thread, and reports each layer.
+    ///
+    /// A model that tract runs has no layers here.
+    ///
+    /// # Errors
+    ///
+    /// [`RunError::Thread`] cannot happen on one thread, but is passed on.
+    pub fn explain(&self) -> Result<Explanation, RunError> {
+        match self.program() {
+            Program::Network(network) => explain(network),
+            Program::Tract(model) => Ok(Explanation {
+                runs_on: "tract".into(),
+                reason: Some(model.reason().to_owned()),
+                peak_macs_per_second: None,
+                activation_bytes: 0,
+                layers: Vec::new(),
+            }),
+        }
+    }
+}
+
+fn explain(network: &Arc<Network>) -> Result<Explanation, RunError> {
+    let mut runner = Runner::new(Arc::clone(network), 1).map_err(RunError::Thread)?;
+    let image = noise(network.image_bytes());
+    runner.logit(&image);
+    let runs: Vec<Vec<Duration>> = (0..RUNS).map(|_| runner.layer_times(&image)).collect();
+    let peak = peak_macs_per_second(network.kernel);
+    let convolutions = network.convolutions.iter().map(|layer| {
+        let bytes = layer
+            .blocks
+            .iter()
+            .map(|block| block.weights.len() + 8 * block.bias.len())
+            .sum();
+        (
+            &layer.name,
+            "convolution + ReLU + max pool",
+            layer.macs(),
+            bytes,
+        )
+    });
+    let dense = network.dense.iter().map(|layer| {
+        let macs = (layer.n_inputs * layer.n_outputs()) as u64;
+        (
+            &layer.name,
+            "dense",
+            macs,
+            layer.weights.len() + 8 * layer.bias.len(),
+        )
+    });
+    let layers = convolutions.chain(dense).enumerate().map(
+        |(index, (name, operator, macs, weight_bytes))| {
+            let mut times: Vec<Duration> = runs.iter().map(|run| run[index]).collect();
+            times.sort_unstable();
+            let seconds = times[RUNS / 2].as_secs_f64();
+            let share_of_peak = peak.map(|peak| rate(macs, seconds) / peak);
+            LayerReport {
+                name: name.clone(),
+                operator,
+                micros: seconds * 1e6,
+                macs,
+                weight_bytes,
+                share_of_peak,
+            }
+        },
+    );
+    Ok(Explanation {
+        runs_on: network.kernel.to_string(),
+        reason: None,
+        peak_macs_per_second: peak,
+        activation_bytes: runner.activation_bytes(),
+        layers: layers.collect(),
+    })
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "a rate for people, three digits are shown"
+)]
+fn rate(macs: u64, seconds: f64) -> f64 {
+    macs as f64 / seconds
+}
+
+/// Bytes without pattern, so that no kernel could skip work.
+fn noise(n: usize) -> Vec<u8> {
+    let mut state = 1_u32;
+    let next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_le_bytes()[3]
+    };
+    std::iter::repeat_with(next).take(n).collect()
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "runs on {}", self.runs_on)?;
+        if let Some(reason) = &self.reason {
+            writeln!(f, "not on our kernels because {reason}")?;
+        }
+        if let Some(peak) = self.peak_macs_per_second {
+            writeln!(
+                f,
+                "peak of one core {:.1} GMAC/s, activations {} KiB",
+                peak / 1e9,
+                self.activation_bytes / 1024
+            )?;
+        }
+        for layer in &self.layers {
+            let share = layer.share_of_peak.map_or_else(String::new, |share| {
+                format!("{:5.1} % of peak", 100.0 * share)
+            });
+            let (mmac, kib) = (layer.macs / 1_000_000, layer.weight_bytes / 1024);
+            let LayerReport {
+                name,
+                operator,
+                micros,
+                ..
+            } = layer;
+            writeln!(
+                f,
+                "{name:20} {operator:30} {micros:10.0} us {mmac:7} MMAC {kib:6} KiB weights {share}"
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! x86-64 with AVX-512 VNNI: `vpdpbusd` multiplies 64 u8 x s8 pairs and adds them to 16 sums in one instruction.
+//!
+//! A tile is the 2 x 2 windows of three pooled columns, 12 positions, by 32 output channels: 24 of the 32 registers hold sums, two
+//! hold weights, the others a broadcast of four activations. Each step of four activations costs 2 weight loads and 12 broadcasts
+//! for 24 multiplications, so the multipliers are the limit. Sums never leave the registers before they are pooled and
+//! requantized.
+#![allow(
+    unsafe_code,
+    reason = "loads and stores of whole vectors, through references to arrays of their size"
+)]
+
+use std::arch::x86_64::{
+    __m128i, __m512, __m512i, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128,
+    _mm512_cvt_roundps_epi32, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epi32, _mm512_max_ps, _mm512_min_ps,
+    _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_setzero_si512,
+};
+
+use std::hint::black_box;
+
+use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
+
+/// 16 channels a vector, two vectors a block, four activations a step.
+pub(super) const GEOMETRY: Geometry = Geometry {
+    lanes: 16,
+    max_vectors: 2,
+    group: 4,
+    step: 4,
+    weight: WeightFormat::Bytes,
+    is_offset: false,
+};
+
+/// Pooled columns of a full tile.
+const COLUMNS: usize = 3;
+
+/// Neurons of a dense layer at a time: each keeps one stream of weights and one register of sums.
+const NEURONS: usize = 8;
+
+/// See [`super::conv_row`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
+    match row.bias.len() {
+        16 => columns::<1>(row, out),
+        32 => columns::<2>(row, out),
+        n => panic!("a block of {n} channels was not packed for this kernel"),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn columns<const VECTORS: usize>(row: &ConvRow<'_>, out: &mut [u8]) {
+    let full = row.n_columns / COLUMNS * COLUMNS;
+    for first in (0..full).step_by(COLUMNS) {
+        tile::<VECTORS, COLUMNS>(row, first, out);
+    }
+    match row.n_columns - full {
+        0 => {}
+        1 => tile::<VECTORS, 1>(row, full, out),
+        _ => tile::<VECTORS, 2>(row, full, out),
+    }
+}
+
+/// `COLUMNS` pooled columns of `VECTORS` x 16 channels.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn tile<const VECTORS: usize, const COLUMNS: usize>(
+    row: &ConvRow<'_>,
+    first: usize,
+    out: &mut [u8],
+) {
+    let mut sums = [[[_mm512_setzero_si512(); VECTORS]; COLUMNS]; POSITIONS];
+    for (v, bias) in row
+        .bias
+        .as_chunks::<16>()
+        .0
+        .iter()
+        .take(VECTORS)
+        .enumerate()
+    {
+        let bias = load_i32(bias);
+        for sums in sums.as_flattened_mut() {
+            sums[v] = bias;
+        }
+    }
+    let n_groups = row.kernel_row_bytes / GEOMETRY.group;
+    for kernel_row in 0..row.kernel_rows() {
+        let windows: [[&[[u8; 4]]; COLUMNS]; POSITIONS] = row.windows(kernel_row, first);
+        let weights = row.kernel_row_weights(kernel_row).as_chunks::<64>().0;
+        for (group, weights) in (0..n_groups).zip(weights.chunks_exact(VECTORS)) {
+            let mut w = [_mm512_setzero_si512(); VECTORS];
+            for (w, bytes) in w.iter_mut().zip(weights) {
+                *w = load(bytes);
+            }
+            for (windows, sums) in windows.iter().zip(&mut sums) {
+                for (window, sums) in windows.iter().zip(sums) {
+                    let activations = _mm512_set1_epi32(i32::from_le_bytes(window[group]));
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        *sum = _mm512_dpbusd_epi32(*sum, activations, w);
+                    }
+                }
+            }
+        }
+    }
+    for column in 0..COLUMNS {
+        let pixel = &mut out[(first + column) * row.out_stride..][..16 * VECTORS];
+        let scales = row.scale.as_chunks::<16>().0;
+        for (v, (bytes, scale)) in pixel
+            .as_chunks_mut::<16>()
+            .0
+            .iter_mut()
+            .zip(scales)
+            .enumerate()
+        {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|position: usize| sums[position][column][v]);
+            let highest = _mm512_max_epi32(_mm512_max_epi32(a, b), _mm512_max_epi32(c, d));
+            store(bytes, requantize(highest, load_f32(scale)));
+        }
+    }
+}
+
+/// See [`super::dense`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn dense(activations: &[u8], weights: &[u8], sums: &mut [i32]) {
+    let n = activations.len();
+    let full = sums.len() / NEURONS * NEURONS;
+    for first in (0..full).step_by(NEURONS) {
+        let weights = &weights[first * n..][..NEURONS * n];
+        sums[first..][..NEURONS].copy_from_slice(&neurons::<NEURONS>(activations, weights));
+    }
+    for (sum, weights) in sums.iter_mut().zip(weights.chunks_exact(n)).skip(full) {
+        [*sum] = neurons::<1>(activations, weights);
+    }
+}
+
+/// `N` neurons side by side, so that several streams of weights are under way.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn neurons<const N: usize>(activations: &[u8], weights: &[u8]) -> [i32; N] {
+    let n = activations.len();
+    let (vectors, rest) = activations.as_chunks::<64>();
+    let mut rows: [(&[[u8; 64]], &[u8]); N] = [(&[], &[]); N];
+    for (row, weights) in rows.iter_mut().zip(weights.chunks_exact(n)) {
+        let (vectors_of_row, rest) = weights.as_chunks::<64>();
+        *row = (&vectors_of_row[..vectors.len()], rest);
+    }
+    let mut sums = [_mm512_setzero_si512(); N];
+    for (index, activations) in vectors.iter().enumerate() {
+        let activations = load(activations);
+        for (sum, (weights, _)) in sums.iter_mut().zip(&rows) {
+            *sum = _mm512_dpbusd_epi32(*sum, activations, load(&weights[index]));
+        }
+    }
+    let mut totals = [0; N];
+    for ((total, sum), (_, weights)) in totals.iter_mut().zip(sums).zip(rows) {
+        *total = _mm512_reduce_add_epi32(sum) + scalar::dot(rest, weights);
+    }
+    totals
+}
+
+/// Multiplies in 24 registers, as a tile does, without loads; returns the multiply-accumulates done.
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(super) fn peak(repetitions: u32) -> u32 {
+    const SUMS: u32 = 24;
+    let ones = black_box(_mm512_set1_epi32(0x0101_0101));
+    let mut sums = [_mm512_setzero_si512(); SUMS as usize];
+    for _ in 0..repetitions {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, ones, ones);
+        }
+    }
+    black_box(sums);
+    repetitions * SUMS * 64
+}
+
+/// Sixteen sums to sixteen u8, see [`shared::quantize::requantize`]. Clamping before rounding is the same: the bounds are integers.
+#[target_feature(enable = "avx512f")]
+fn requantize(sums: __m512i, scale: __m512) -> __m128i {
+    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
+    let clamped = _mm512_min_ps(
+        _mm512_max_ps(scaled, _mm512_setzero_ps()),
+        _mm512_set1_ps(255.0),
+    );
+    let rounded =
+        _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(clamped);
+    _mm512_cvtepi32_epi8(rounded)
+}
+
+#[target_feature(enable = "avx512f")]
+fn load(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: the reference covers the 64 bytes that are read.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn load_i32(values: &[i32; 16]) -> __m512i {
+    // SAFETY: the reference covers the 64 bytes that are read.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn load_f32(values: &[f32; 16]) -> __m512 {
+    // SAFETY: the reference covers the 64 bytes that are read.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn store(bytes: &mut [u8; 16], value: __m128i) {
+    // SAFETY: the reference covers the 16 bytes that are written.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), value) }
+}

@@ -1,0 +1,159 @@
+//! aarch64 with 8-bit matrix multiplication: `usmmla`, 32 products of u8 x s8 in one instruction.
+//!
+//! The instruction multiplies two rows of eight activations, here two neighbouring positions, with two rows of eight weights, here
+//! two channels, into 2 x 2 sums. A tile is one 2 x 2 window by 16 output channels: 16 of the 32 registers hold sums.
+//!
+//! The intrinsic is unstable in Rust 1.95, hence one line of assembly.
+#![allow(
+    unsafe_code,
+    reason = "instructions without a stable intrinsic, and loads through references to arrays"
+)]
+
+use std::arch::aarch64::{
+    int8x16_t, int32x4_t, uint8x16_t, vaddq_s32, vaddvq_s32, vcombine_s32, vdupq_n_s32,
+    vget_high_s32, vget_low_s32, vld1q_u8, vmax_s32, vmaxq_s32, vreinterpretq_u8_u64,
+    vreinterpretq_u64_u8, vzip1q_u64, vzip2q_u64,
+};
+use std::arch::asm;
+
+use super::neon::{load_i32, load_weights, requantize};
+use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
+
+/// 4 channels a vector, four vectors a block, eight activations a group, 16 a step.
+pub(super) const GEOMETRY: Geometry = Geometry {
+    lanes: 4,
+    max_vectors: 4,
+    group: 8,
+    step: 16,
+    weight: WeightFormat::Bytes,
+    is_offset: false,
+};
+
+/// Sums of two channels at two neighbouring positions, `[position][channel]`.
+type Square = int32x4_t;
+
+/// See [`super::conv_row`].
+#[target_feature(enable = "neon,i8mm")]
+pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
+    match row.bias.len() {
+        4 => (0..row.n_columns).for_each(|column| tile::<1>(row, column, out)),
+        8 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
+        12 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
+        16 => (0..row.n_columns).for_each(|column| tile::<4>(row, column, out)),
+        n => panic!("a block of {n} channels was not packed for this kernel"),
+    }
+}
+
+/// One pooled column of `VECTORS` x 4 channels.
+#[target_feature(enable = "neon,i8mm")]
+fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
+    // Two rows of positions, and for each vector of channels two squares.
+    let mut sums: [[[Square; 2]; VECTORS]; 2] = [[[vdupq_n_s32(0); 2]; VECTORS]; 2];
+    let n_steps = row.kernel_row_bytes / GEOMETRY.step;
+    for kernel_row in 0..row.kernel_rows() {
+        let windows: [[&[[u8; 16]]; 1]; POSITIONS] = row.windows(kernel_row, column);
+        let weights = row.kernel_row_weights(kernel_row).as_chunks::<16>().0;
+        for (step, weights) in (0..n_steps).zip(weights.chunks_exact(4 * VECTORS)) {
+            let [a, b, c, d] = windows.map(|[window]| load(&window[step]));
+            let (low, high) = weights.split_at(2 * VECTORS);
+            add_group(&mut sums, [low_halves(a, b), low_halves(c, d)], low);
+            add_group(&mut sums, [high_halves(a, b), high_halves(c, d)], high);
+        }
+    }
+    let pixel = &mut out[column * row.out_stride..][..4 * VECTORS];
+    let parameters = row
+        .bias
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .zip(row.scale.as_chunks::<4>().0);
+    let [top, bottom] = &sums;
+    for (v, (bytes, (bias, scale))) in pixel
+        .as_chunks_mut::<4>()
+        .0
+        .iter_mut()
+        .zip(parameters)
+        .enumerate()
+    {
+        let [a, b] = [0, 1].map(|pair: usize| vmaxq_s32(top[v][pair], bottom[v][pair]));
+        let [a, b] = [a, b].map(|square| vmax_s32(vget_low_s32(square), vget_high_s32(square)));
+        *bytes = requantize(vaddq_s32(vcombine_s32(a, b), load_i32(bias)), scale);
+    }
+}
+
+/// Eight activations of each position times their weights.
+#[target_feature(enable = "neon,i8mm")]
+fn add_group<const VECTORS: usize>(
+    sums: &mut [[[Square; 2]; VECTORS]; 2],
+    activations: [uint8x16_t; 2],
+    weights: &[[u8; 16]],
+) {
+    for (v, weights) in weights.as_chunks::<2>().0.iter().take(VECTORS).enumerate() {
+        for (pair, weights) in weights.iter().enumerate() {
+            let weights = load_weights(weights);
+            for (sums, activations) in sums.iter_mut().zip(activations) {
+                sums[v][pair] = usmmla(sums[v][pair], activations, weights);
+            }
+        }
+    }
+}
+
+/// See [`super::dense`].
+#[target_feature(enable = "neon,i8mm")]
+pub(super) fn dense(activations: &[u8], weights: &[u8], sums: &mut [i32]) {
+    let (vectors, rest) = activations.as_chunks::<16>();
+    for (total, weights) in sums.iter_mut().zip(weights.chunks_exact(activations.len())) {
+        let (weights, weights_rest) = weights.as_chunks::<16>();
+        let mut sum = vdupq_n_s32(0);
+        for (activations, weights) in vectors.iter().zip(weights) {
+            sum = usdot(sum, load(activations), load_weights(weights));
+        }
+        *total = vaddvq_s32(sum) + scalar::dot(rest, weights_rest);
+    }
+}
+
+/// The first eight bytes of each.
+#[target_feature(enable = "neon")]
+fn low_halves(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t {
+    vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)))
+}
+
+/// The last eight bytes of each.
+#[target_feature(enable = "neon")]
+fn high_halves(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t {
+    vreinterpretq_u8_u64(vzip2q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)))
+}
+
+#[target_feature(enable = "neon")]
+fn load(bytes: &[u8; 16]) -> uint8x16_t {
+    // SAFETY: the reference covers the 16 bytes that are read.
+    unsafe { vld1q_u8(bytes.as_ptr()) }
+}
+
+/// `sum[2 i + j] + activations[8 i .. 8 i + 8] . weights[8 j .. 8 j + 8]` for i and j of 0 and 1.
+#[target_feature(enable = "neon,i8mm")]
+fn usmmla(mut sum: Square, activations: uint8x16_t, weights: int8x16_t) -> Square {
+    // SAFETY: the instruction touches registers only, and this function's target features say that the CPU has it.
+    unsafe {
+        asm!(
+            "usmmla {sum:v}.4s, {activations:v}.16b, {weights:v}.16b",
+            sum = inout(vreg) sum, activations = in(vreg) activations, weights = in(vreg) weights,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+/// `sum[i] + activations[4 i .. 4 i + 4] . weights[4 i .. 4 i + 4]` for the four lanes.
+#[target_feature(enable = "neon,i8mm")]
+fn usdot(mut sum: int32x4_t, activations: uint8x16_t, weights: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction touches registers only, and this function's target features say that the CPU has it.
+    unsafe {
+        asm!(
+            "usdot {sum:v}.4s, {activations:v}.16b, {weights:v}.16b",
+            sum = inout(vreg) sum, activations = in(vreg) activations, weights = in(vreg) weights,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}

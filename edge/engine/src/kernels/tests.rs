@@ -1,0 +1,184 @@
+//! Every kernel that this CPU runs equals the scalar definition, over the full range of weights and activations.
+
+use proptest::prelude::{ProptestConfig, any, prop_assert_eq, proptest};
+use proptest::test_runner::TestCaseError;
+
+use super::{ConvRow, Kernel, Unpacked, conv_row, dense, pack};
+
+/// Seeded bytes (SplitMix64); `weight` keeps them out of -128.
+fn bytes(seed: u64, n: usize) -> Vec<u8> {
+    let mut state = seed;
+    let next = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        (mixed ^ (mixed >> 27))
+            .wrapping_mul(0x94D0_49BB_1331_11EB)
+            .to_le_bytes()[7]
+    };
+    std::iter::repeat_with(next).take(n).collect()
+}
+
+/// Mostly seeded bytes, or all the extreme ones that bring sums to the limits of 16-bit halves.
+fn activations(seed: u64, n: usize, extreme: u8) -> Vec<u8> {
+    match extreme {
+        0 => vec![255; n],
+        1 => vec![0; n],
+        _ => bytes(seed, n),
+    }
+}
+
+fn weights(seed: u64, n: usize, extreme: u8) -> Vec<u8> {
+    let weight = |byte: u8| if byte == 0x80 { 0x81 } else { byte };
+    match extreme {
+        0 => vec![0x81; n],
+        1 => vec![0x7f; n],
+        _ => bytes(!seed, n).into_iter().map(weight).collect(),
+    }
+}
+
+/// A row of a layer through one kernel: the bytes of the true channels, pixel by pixel.
+fn layer_row(kernel: Kernel, layer: &Layer) -> Vec<u8> {
+    let step = kernel.geometry().step;
+    let row_bytes = layer.row_bytes.next_multiple_of(step);
+    let (filters, width) = (layer.n_channels * layer.kernel_rows, layer.row_bytes);
+    let packed_weights = weights(layer.seed, filters * width, layer.extreme.1);
+    let mut arranged = vec![0; filters * row_bytes];
+    for (to, from) in arranged
+        .chunks_exact_mut(row_bytes)
+        .zip(packed_weights.chunks_exact(width))
+    {
+        to[..width].copy_from_slice(from);
+    }
+    let bias: Vec<i32> = (0..layer.n_channels)
+        .map(|n| i32::from(bytes(layer.seed, n + 1)[n]) * 999 - 99_999)
+        .collect();
+    let scale: Vec<f32> = (0..layer.n_channels)
+        .map(|n| layer.scale * (1.0 + f32::from(bytes(3, n + 1)[n])))
+        .collect();
+    let blocks = pack(
+        kernel.geometry(),
+        Unpacked {
+            weights: &arranged,
+            kernel_rows: layer.kernel_rows,
+            kernel_row_bytes: row_bytes,
+            bias: &bias,
+            scale: &scale,
+        },
+    );
+    let out_stride = layer.n_channels.next_multiple_of(16);
+    let input_bytes = (2 * layer.n_columns - 1) * layer.column_bytes + row_bytes;
+    let input = activations(
+        layer.seed,
+        input_bytes * (layer.kernel_rows + 1),
+        layer.extreme.0,
+    );
+    let rows: Vec<&[u8]> = input.chunks_exact(input_bytes).collect();
+    let mut out = vec![0; layer.n_columns * out_stride];
+    for block in &blocks {
+        let row = ConvRow {
+            rows: &rows,
+            column_bytes: layer.column_bytes,
+            kernel_row_bytes: row_bytes,
+            weights: &block.weights,
+            bias: &block.bias,
+            scale: &block.scale,
+            n_columns: layer.n_columns,
+            out_stride,
+        };
+        conv_row(kernel, &row, &mut out[block.first_channel..]);
+    }
+    out.chunks_exact(out_stride)
+        .flat_map(|pixel| &pixel[..layer.n_channels])
+        .copied()
+        .collect()
+}
+
+#[derive(Debug)]
+struct Layer {
+    seed: u64,
+    kernel_rows: usize,
+    /// Bytes of a kernel row that have weights.
+    row_bytes: usize,
+    column_bytes: usize,
+    n_channels: usize,
+    n_columns: usize,
+    scale: f32,
+    extreme: (u8, u8),
+}
+
+fn check_layer(layer: &Layer) -> Result<(), TestCaseError> {
+    // The kernels read up to the next step, 16 at most, so that all must see the same input.
+    let mut layer = Layer { ..*layer };
+    layer.row_bytes = layer.row_bytes.next_multiple_of(16);
+    let expected = layer_row(Kernel::Scalar, &layer);
+    for kernel in Kernel::available() {
+        prop_assert_eq!(&layer_row(kernel, &layer), &expected, "{}", kernel);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn convolution_rows_equal_the_scalar_definition(
+        seed in any::<u64>(),
+        is_patch in any::<bool>(),
+        row_bytes in 1_usize..150,
+        column_bytes in 1_usize..50,
+        n_channels in 1_usize..100,
+        n_columns in 1_usize..9,
+        exponent in -16_i32..2,
+        extreme in (0_u8..6, 0_u8..6),
+    ) {
+        let kernel_rows = if is_patch { 1 } else { 3 };
+        let scale = 2.0_f32.powi(exponent) / 255.0;
+        check_layer(&Layer { seed, kernel_rows, row_bytes, column_bytes, n_channels, n_columns, scale, extreme })?;
+    }
+
+    #[test]
+    fn dense_sums_equal_the_scalar_definition(
+        seed in any::<u64>(),
+        n_inputs in 1_usize..260,
+        n_neurons in 1_usize..20,
+        start in 0_usize..64,
+        extreme in (0_u8..6, 0_u8..6),
+    ) {
+        let activations = activations(seed, start + n_inputs, extreme.0);
+        let weights = weights(seed, start + n_inputs * n_neurons, extreme.1);
+        let sums = |kernel| {
+            let mut sums = vec![0; n_neurons];
+            dense(kernel, &activations[start..], &weights[start..], &mut sums);
+            sums
+        };
+        for kernel in Kernel::available() {
+            prop_assert_eq!(sums(kernel), sums(Kernel::Scalar), "{}", kernel);
+        }
+    }
+}
+
+#[test]
+fn every_width_of_the_published_systems_is_exact() {
+    for n_channels in [4, 8, 16, 32, 64, 128, 256, 512, 1024] {
+        let (seed, scale, extreme) = (n_channels as u64, 1e-5, (9, 9));
+        let layer = Layer {
+            seed,
+            kernel_rows: 3,
+            row_bytes: 48,
+            column_bytes: 16,
+            n_channels,
+            n_columns: 2,
+            scale,
+            extreme,
+        };
+        check_layer(&layer).unwrap();
+    }
+}
+
+#[test]
+fn kernel_names_parse_back() {
+    for kernel in Kernel::ALL {
+        assert_eq!(kernel.to_string().parse(), Ok(kernel));
+    }
+    assert!("vnni".parse::<Kernel>().is_err());
+}

@@ -1,0 +1,262 @@
+//! A chain of layers, checked and packed for one kernel.
+//!
+//! In: a recognised [`Chain`] and the model's initializers, whose bytes are taken, not copied, where the layout allows.
+//! Out: an immutable [`Network`] that sessions share. Refused here: weights of -128 and accumulators that could leave i32.
+//!
+//! Activations are `[row][column, channel]` u8 with the channels padded to a multiple of 16. The image `[channel, row,
+//! column]` is turned into patches, one row at a time: pixel by pixel the 27 bytes that the 3 x 3 kernel covers, in the order of
+//! the ONNX weights. So the first convolution is one with a kernel of one row, and needs no code of its own.
+
+use shared::quantize::{check_accumulators, requantize_scale};
+use tract_onnx::pb::ModelProto;
+
+use crate::chain::{Chain, Layer};
+use crate::kernels::{Kernel, PackedBlock, Unpacked, pack};
+use crate::model::LoadError;
+
+/// Channels of an activation row are padded to a multiple of this.
+const CHANNEL_STEP: usize = 16;
+
+/// Rows and columns of a convolution's kernel.
+pub(crate) const KERNEL_SIDE: usize = 3;
+
+/// The whole network, packed for one kernel.
+#[derive(Debug)]
+pub(crate) struct Network {
+    pub(crate) kernel: Kernel,
+    /// Channels, rows, columns.
+    pub(crate) image: [usize; 3],
+    pub(crate) convolutions: Vec<Convolution>,
+    pub(crate) dense: Vec<Dense>,
+}
+
+/// A 3 x 3 convolution with bias, ReLU, 2 x 2 max pool and requantization.
+#[derive(Debug)]
+pub(crate) struct Convolution {
+    pub(crate) name: String,
+    pub(crate) blocks: Vec<PackedBlock>,
+    /// Bytes of a packed kernel row.
+    pub(crate) kernel_row_bytes: usize,
+    /// Bytes from one input pixel to the next.
+    pub(crate) column_bytes: usize,
+    /// Rows and columns after pooling.
+    pub(crate) pooled: [usize; 2],
+    pub(crate) n_inputs: usize,
+    pub(crate) n_channels: usize,
+}
+
+/// A dense layer.
+#[derive(Debug)]
+pub(crate) struct Dense {
+    pub(crate) name: String,
+    /// s8 as bytes, `[neuron, input]`.
+    pub(crate) weights: Vec<u8>,
+    pub(crate) n_inputs: usize,
+    pub(crate) bias: Vec<i32>,
+    /// Accumulator to output: to u8 for a hidden layer, to the logit for the last.
+    pub(crate) scale: Vec<f32>,
+}
+
+impl Convolution {
+    /// Bytes from one pooled pixel to the next.
+    pub(crate) fn channel_stride(&self) -> usize {
+        self.n_channels.next_multiple_of(CHANNEL_STEP)
+    }
+
+    /// Bytes of one pooled row.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.pooled[1] * self.channel_stride()
+    }
+
+    /// Multiply-accumulates that the layer's definition needs, without padding.
+    pub(crate) fn macs(&self) -> u64 {
+        let positions = 4 * self.pooled[0] * self.pooled[1];
+        (positions * self.n_channels * self.n_inputs * KERNEL_SIDE * KERNEL_SIDE) as u64
+    }
+}
+
+impl Dense {
+    /// Neurons.
+    pub(crate) fn n_outputs(&self) -> usize {
+        self.bias.len()
+    }
+}
+
+impl Network {
+    /// Checks a chain and packs it for a kernel. Takes the dense weights out of `proto`.
+    pub(crate) fn new(
+        chain: Chain,
+        proto: &mut ModelProto,
+        kernel: Kernel,
+    ) -> Result<Self, LoadError> {
+        let [channels, rows, columns] = chain.image;
+        let mut shape = [channels, rows, columns];
+        let mut convolutions = Vec::new();
+        for (index, layer) in chain.convolutions.into_iter().enumerate() {
+            let convolution = convolution(layer, proto, kernel, shape, index == 0)?;
+            shape = [
+                convolution.n_channels,
+                convolution.pooled[0],
+                convolution.pooled[1],
+            ];
+            convolutions.push(convolution);
+        }
+        let mut n_inputs = shape.iter().product();
+        let mut dense = Vec::new();
+        for layer in chain.dense {
+            let layer = dense_layer(layer, proto, n_inputs)?;
+            n_inputs = layer.n_outputs();
+            dense.push(layer);
+        }
+        match (convolutions.is_empty(), n_inputs) {
+            (false, 1) => Ok(Self {
+                kernel,
+                image: chain.image,
+                convolutions,
+                dense,
+            }),
+            _ => Err(LoadError::Shape {
+                layer: "the whole chain".into(),
+            }),
+        }
+    }
+
+    /// Bytes of one image.
+    pub(crate) fn image_bytes(&self) -> usize {
+        self.image.iter().product()
+    }
+}
+
+/// Takes the bytes of an initializer.
+fn take(proto: &mut ModelProto, name: &str) -> Vec<u8> {
+    let initializers = proto
+        .graph
+        .iter_mut()
+        .flat_map(|graph| &mut graph.initializer);
+    let mut named = initializers.filter(|tensor| tensor.name == name);
+    named
+        .next()
+        .map(|tensor| std::mem::take(&mut tensor.raw_data))
+        .unwrap_or_default()
+}
+
+/// Checks the domain of a layer's weights, `[output, input]`.
+fn check(name: &str, weights: &[u8], bias: &[i32]) -> Result<(), LoadError> {
+    if weights.contains(&i8::MIN.cast_unsigned()) {
+        return Err(LoadError::Weight {
+            layer: name.to_owned(),
+        });
+    }
+    let mut row: Vec<i8> = Vec::new();
+    for (channel, (weights, bias)) in weights
+        .chunks_exact(weights.len() / bias.len())
+        .zip(bias)
+        .enumerate()
+    {
+        row.clear();
+        row.extend(weights.iter().map(|weight| weight.cast_signed()));
+        check_accumulators(&row, std::slice::from_ref(bias)).map_err(|source| {
+            LoadError::Overflow {
+                layer: name.to_owned(),
+                channel,
+                reach: source.reach,
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn scales(layer: &Layer) -> Vec<f32> {
+    let scale = |&weight: &f32| match layer.output_scale {
+        Some(output) => requantize_scale(layer.input_scale, weight, output),
+        None => layer.input_scale * weight,
+    };
+    layer.weight_scales.iter().map(scale).collect()
+}
+
+fn convolution(
+    layer: Layer,
+    proto: &mut ModelProto,
+    kernel: Kernel,
+    [channels, rows, columns]: [usize; 3],
+    is_first: bool,
+) -> Result<Convolution, LoadError> {
+    let shape_error = || LoadError::Shape {
+        layer: layer.name.clone(),
+    };
+    let weights = take(proto, &layer.weights);
+    let n_channels = layer.bias.len();
+    let filter = channels * KERNEL_SIDE * KERNEL_SIDE;
+    let pooled = [rows, columns].map(|n| n.saturating_sub(KERNEL_SIDE - 1) / 2);
+    if layer.n_inputs != channels || weights.len() != n_channels * filter || pooled.contains(&0) {
+        return Err(shape_error());
+    }
+    check(&layer.name, &weights, &layer.bias)?;
+
+    let geometry = kernel.geometry();
+    let (kernel_rows, column_bytes) = if is_first {
+        (1, filter.next_multiple_of(geometry.step))
+    } else {
+        (KERNEL_SIDE, channels.next_multiple_of(CHANNEL_STEP))
+    };
+    let kernel_row_bytes = if is_first {
+        column_bytes
+    } else {
+        KERNEL_SIDE * column_bytes
+    };
+    let mut arranged = vec![0; n_channels * kernel_rows * kernel_row_bytes];
+    let filters = arranged.chunks_exact_mut(kernel_rows * kernel_row_bytes);
+    for (to, from) in filters.zip(weights.chunks_exact(filter)) {
+        if is_first {
+            to[..filter].copy_from_slice(from);
+        } else {
+            channels_last(from, to, column_bytes);
+        }
+    }
+    let scale = scales(&layer);
+    let unpacked = Unpacked {
+        weights: &arranged,
+        kernel_rows,
+        kernel_row_bytes,
+        bias: &layer.bias,
+        scale: &scale,
+    };
+    Ok(Convolution {
+        blocks: pack(geometry, unpacked),
+        name: layer.name,
+        kernel_row_bytes,
+        column_bytes,
+        pooled,
+        n_inputs: channels,
+        n_channels,
+    })
+}
+
+/// One filter from `[channel, row, column]` to `[row, column, channel]`, `column_bytes` a column.
+fn channels_last(from: &[u8], to: &mut [u8], column_bytes: usize) {
+    for (channel, taps) in from.chunks_exact(KERNEL_SIDE * KERNEL_SIDE).enumerate() {
+        for (tap, &weight) in taps.iter().enumerate() {
+            to[tap * column_bytes + channel] = weight;
+        }
+    }
+}
+
+fn dense_layer(layer: Layer, proto: &mut ModelProto, n_inputs: usize) -> Result<Dense, LoadError> {
+    let n_outputs = layer.bias.len();
+    let mut weights = take(proto, &layer.weights);
+    if layer.n_inputs != n_inputs || n_inputs == 0 || weights.len() != n_inputs * n_outputs {
+        return Err(LoadError::Shape { layer: layer.name });
+    }
+    if layer.is_transposed {
+        let by_neuron = |neuron| weights.iter().skip(neuron).step_by(n_outputs).copied();
+        weights = (0..n_outputs).flat_map(by_neuron).collect();
+    }
+    check(&layer.name, &weights, &layer.bias)?;
+    Ok(Dense {
+        scale: scales(&layer),
+        name: layer.name,
+        weights,
+        n_inputs,
+        bias: layer.bias,
+    })
+}

@@ -1,0 +1,439 @@
+//! Runs a packed network on images: buffers, threads, order of execution.
+//!
+//! In: u8 images `[n, channel, row, column]`. Out: one logit each. Everything is allocated when the session is made; a
+//! run allocates nothing.
+//!
+//! Order of a run. The first two convolutions are fused: a row of the second needs four rows of the first, which stand in a ring
+//! of four, so the first feature map never exists whole. Threads share the rows of the second convolution; each has its own ring.
+//! After a barrier come the rows of the third convolution, then the neurons of the dense layers, a barrier before each.
+//! Every number is an integer until the last multiplication, so the split cannot change a bit.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Barrier, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use shared::quantize::requantize;
+
+use crate::kernels::{self, ConvRow};
+use crate::network::{Convolution, KERNEL_SIDE, Network};
+
+/// Input rows under a pooled row of a 3 x 3 convolution; also the size of the ring.
+const STRIP_ROWS: usize = KERNEL_SIDE + 1;
+
+/// Buffers and threads that run one network.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    shared: Arc<Shared>,
+    worker: Worker,
+    helpers: Vec<JoinHandle<()>>,
+}
+
+/// What the threads of a runner share.
+#[derive(Debug)]
+struct Shared {
+    network: Arc<Network>,
+    image: RwLock<Vec<u8>>,
+    /// One map for each convolution but the first of two or more.
+    maps: Vec<FeatureMap>,
+    /// Output of each hidden dense layer.
+    hidden: Vec<Vec<AtomicU8>>,
+    barrier: Barrier,
+    n_threads: usize,
+    is_stopping: AtomicBool,
+}
+
+/// The rows of one feature map, each behind its own lock: writers and readers never meet, the barrier sees to that.
+#[derive(Debug)]
+struct FeatureMap {
+    rows: Vec<RwLock<Vec<u8>>>,
+}
+
+/// One thread's own buffers.
+#[derive(Debug)]
+struct Worker {
+    index: usize,
+    /// Patches of the two rows under one pooled row of the first convolution.
+    patches: [Vec<u8>; 2],
+    /// The latest rows of the first convolution, row `r` at `r % 4`.
+    ring: [Vec<u8>; STRIP_ROWS],
+    /// Input of the dense layer at work, contiguous.
+    features: Vec<u8>,
+    sums: Vec<i32>,
+    /// Time spent in each layer, convolutions first, where it is measured.
+    times: Option<Vec<Duration>>,
+}
+
+impl Runner {
+    /// Allocates everything and starts `n_threads - 1` helpers.
+    pub(crate) fn new(network: Arc<Network>, n_threads: usize) -> std::io::Result<Self> {
+        let whole_maps = if network.convolutions.len() > 1 {
+            &network.convolutions[1..]
+        } else {
+            &network.convolutions
+        };
+        let hidden = network
+            .dense
+            .iter()
+            .map(|layer| (0..layer.n_outputs()).map(|_| AtomicU8::new(0)).collect());
+        let shared = Arc::new(Shared {
+            image: RwLock::new(vec![
+                0;
+                if n_threads > 1 {
+                    network.image_bytes()
+                } else {
+                    0
+                }
+            ]),
+            maps: whole_maps.iter().map(FeatureMap::new).collect(),
+            hidden: hidden.collect(),
+            barrier: Barrier::new(n_threads),
+            n_threads,
+            is_stopping: AtomicBool::new(false),
+            network,
+        });
+        let mut runner = Self {
+            worker: Worker::new(&shared.network, 0),
+            shared,
+            helpers: Vec::new(),
+        };
+        for index in 1..n_threads {
+            let shared = Arc::clone(&runner.shared);
+            let mut worker = Worker::new(&shared.network, index);
+            let helper = std::thread::Builder::new().name(format!("engine-{index}"));
+            runner
+                .helpers
+                .push(helper.spawn(move || worker.help(&shared))?);
+        }
+        Ok(runner)
+    }
+
+    /// The logit of one image of `image_bytes` u8.
+    pub(crate) fn logit(&mut self, image: &[u8]) -> f32 {
+        let Self { shared, worker, .. } = self;
+        if shared.n_threads > 1 {
+            shared
+                .image
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .copy_from_slice(image);
+            shared.barrier.wait();
+        }
+        worker.run(shared, image)
+    }
+
+    /// Runs one image and returns the time spent in each layer, convolutions first. Exact on one thread.
+    pub(crate) fn layer_times(&mut self, image: &[u8]) -> Vec<Duration> {
+        let network = &self.shared.network;
+        self.worker.times = Some(vec![
+            Duration::ZERO;
+            network.convolutions.len() + network.dense.len()
+        ]);
+        self.logit(image);
+        self.worker.times.take().unwrap_or_default()
+    }
+
+    /// Bytes of activations that the session holds, all threads together.
+    pub(crate) fn activation_bytes(&self) -> usize {
+        let rows =
+            |map: &FeatureMap| map.rows.len() * map.rows.first().map_or(0, |row| lock(row).len());
+        let own: usize = self
+            .worker
+            .patches
+            .iter()
+            .chain(&self.worker.ring)
+            .map(Vec::len)
+            .sum();
+        self.shared.maps.iter().map(rows).sum::<usize>()
+            + self.shared.n_threads * (own + self.worker.features.len())
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        // Only where every helper was started do they wait at the barrier with us; otherwise they are left waiting.
+        self.shared.is_stopping.store(true, Ordering::Relaxed);
+        if self.helpers.len() + 1 == self.shared.n_threads && !self.helpers.is_empty() {
+            self.shared.barrier.wait();
+            for helper in self.helpers.drain(..) {
+                drop(helper.join());
+            }
+        }
+    }
+}
+
+impl FeatureMap {
+    fn new(convolution: &Convolution) -> Self {
+        let rows =
+            (0..convolution.pooled[0]).map(|_| RwLock::new(vec![0; convolution.row_bytes()]));
+        Self {
+            rows: rows.collect(),
+        }
+    }
+}
+
+fn lock(row: &RwLock<Vec<u8>>) -> RwLockReadGuard<'_, Vec<u8>> {
+    row.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The part of `0..n` that thread `index` of `n_threads` does.
+fn share(n: usize, index: usize, n_threads: usize) -> Range<usize> {
+    n * index / n_threads..n * (index + 1) / n_threads
+}
+
+impl Worker {
+    fn new(network: &Network, index: usize) -> Self {
+        let first = &network.convolutions[0];
+        let patch_bytes = 2 * first.pooled[1] * first.column_bytes;
+        let ring_bytes = if network.convolutions.len() > 1 {
+            first.row_bytes()
+        } else {
+            0
+        };
+        let widest = network
+            .dense
+            .iter()
+            .map(|layer| layer.n_inputs)
+            .max()
+            .unwrap_or(0);
+        Self {
+            index,
+            patches: std::array::from_fn(|_| vec![0; patch_bytes]),
+            ring: std::array::from_fn(|_| vec![0; ring_bytes]),
+            features: vec![0; widest],
+            sums: vec![
+                0;
+                network
+                    .dense
+                    .iter()
+                    .map(crate::network::Dense::n_outputs)
+                    .max()
+                    .unwrap_or(0)
+            ],
+            times: None,
+        }
+    }
+
+    /// A helper thread: one round of the barrier starts an image.
+    fn help(&mut self, shared: &Shared) {
+        loop {
+            shared.barrier.wait();
+            if shared.is_stopping.load(Ordering::Relaxed) {
+                return;
+            }
+            self.run(shared, &lock(&shared.image));
+        }
+    }
+
+    /// This thread's part of one image; the logit is meaningful on thread 0.
+    fn run(&mut self, shared: &Shared, image: &[u8]) -> f32 {
+        let network = &*shared.network;
+        for (index, map) in shared.maps.iter().enumerate() {
+            let rows = share(map.rows.len(), self.index, shared.n_threads);
+            match index.checked_sub(1) {
+                Some(previous) => self.whole_map(shared, previous, rows),
+                None if network.convolutions.len() > 1 => {
+                    self.fused_maps(network, image, map, rows)
+                }
+                None => self.first_map(network, image, map, rows),
+            }
+            if shared.n_threads > 1 {
+                shared.barrier.wait();
+            }
+        }
+        self.dense(shared)
+    }
+
+    /// Rows of the only convolution.
+    fn first_map(&mut self, network: &Network, image: &[u8], map: &FeatureMap, rows: Range<usize>) {
+        for row in rows {
+            let started = self.times.is_some().then(Instant::now);
+            let mut out = map.rows[row]
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            first_row(network, image, row, &mut self.patches, &mut out);
+            self.clock(0, started);
+        }
+    }
+
+    /// Rows of the second convolution, with the rows of the first made just before they are needed.
+    fn fused_maps(
+        &mut self,
+        network: &Network,
+        image: &[u8],
+        map: &FeatureMap,
+        rows: Range<usize>,
+    ) {
+        let mut next = 2 * rows.start;
+        for row in rows {
+            let started = self.times.is_some().then(Instant::now);
+            for first in next..2 * row + STRIP_ROWS {
+                first_row(
+                    network,
+                    image,
+                    first,
+                    &mut self.patches,
+                    &mut self.ring[first % STRIP_ROWS],
+                );
+            }
+            next = 2 * row + STRIP_ROWS;
+            self.clock(0, started);
+
+            let started = self.times.is_some().then(Instant::now);
+            let strip: [&[u8]; STRIP_ROWS] =
+                std::array::from_fn(|i| self.ring[(2 * row + i) % STRIP_ROWS].as_slice());
+            let mut out = map.rows[row]
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            pooled_row(network, 1, &strip, &mut out);
+            self.clock(1, started);
+        }
+    }
+
+    /// Rows of a convolution whose input map is whole.
+    fn whole_map(&mut self, shared: &Shared, previous: usize, rows: Range<usize>) {
+        let layer = previous + 2;
+        for row in rows {
+            let started = self.times.is_some().then(Instant::now);
+            let input = &shared.maps[previous].rows[2 * row..][..STRIP_ROWS];
+            let strip: [_; STRIP_ROWS] = std::array::from_fn(|i| lock(&input[i]));
+            let strip: [&[u8]; STRIP_ROWS] = std::array::from_fn(|i| strip[i].as_slice());
+            let mut out = shared.maps[previous + 1].rows[row]
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            pooled_row(&shared.network, layer, &strip, &mut out);
+            self.clock(layer, started);
+        }
+    }
+
+    /// The dense layers; every thread gathers its own copy of a layer's input.
+    fn dense(&mut self, shared: &Shared) -> f32 {
+        let network = &*shared.network;
+        let mut logit = f32::NAN;
+        for (index, layer) in network.dense.iter().enumerate() {
+            let started = self.times.is_some().then(Instant::now);
+            let is_last = index + 1 == network.dense.len();
+            let neurons = match (is_last, self.index) {
+                (false, _) => share(layer.n_outputs(), self.index, shared.n_threads),
+                (true, 0) => 0..1,
+                (true, _) => return logit,
+            };
+            let features = &mut self.features[..layer.n_inputs];
+            match index.checked_sub(1) {
+                Some(previous) => {
+                    for (to, from) in features.iter_mut().zip(&shared.hidden[previous]) {
+                        *to = from.load(Ordering::Relaxed);
+                    }
+                }
+                None => flatten(shared, features),
+            }
+            let sums = &mut self.sums[..neurons.len()];
+            let weights =
+                &layer.weights[neurons.start * layer.n_inputs..neurons.end * layer.n_inputs];
+            kernels::dense(network.kernel, features, weights, sums);
+            for (neuron, &sum) in neurons.zip(sums.iter()) {
+                let sum = sum + layer.bias[neuron];
+                if is_last {
+                    logit = to_logit(sum, layer.scale[neuron]);
+                } else {
+                    let activation = requantize(sum, layer.scale[neuron]);
+                    shared.hidden[index][neuron].store(activation, Ordering::Relaxed);
+                }
+            }
+            self.clock(network.convolutions.len() + index, started);
+            if shared.n_threads > 1 && !is_last {
+                shared.barrier.wait();
+            }
+        }
+        logit
+    }
+
+    fn clock(&mut self, layer: usize, started: Option<Instant>) {
+        if let (Some(times), Some(started)) = (&mut self.times, started) {
+            times[layer] += started.elapsed();
+        }
+    }
+}
+
+/// `f32(sum) x scale`, one rounding each: the last layer's output.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "the conversion to f32 is the definition of the logit"
+)]
+fn to_logit(sum: i32, scale: f32) -> f32 {
+    sum as f32 * scale
+}
+
+/// One pooled row of the first convolution.
+fn first_row(
+    network: &Network,
+    image: &[u8],
+    row: usize,
+    patches: &mut [Vec<u8>; 2],
+    out: &mut [u8],
+) {
+    for (index, patches) in patches.iter_mut().enumerate() {
+        gather_patches(network, image, 2 * row + index, patches);
+    }
+    let [top, bottom] = &*patches;
+    pooled_row(network, 0, &[top, bottom], out);
+}
+
+/// The patches of one row of positions: for each column the bytes that the 3 x 3 kernel covers, `[channel, row, column]`.
+///
+/// Bytes of a patch beyond those stay whatever they are: their weights are 0.
+fn gather_patches(network: &Network, image: &[u8], row: usize, patches: &mut [u8]) {
+    let [_, rows, columns] = network.image;
+    let patch_bytes = network.convolutions[0].column_bytes;
+    let lines = image.chunks_exact(rows * columns).flat_map(|plane| {
+        plane[row * columns..]
+            .chunks_exact(columns)
+            .take(KERNEL_SIDE)
+    });
+    for (index, line) in lines.enumerate() {
+        let patches = patches.chunks_exact_mut(patch_bytes);
+        for (patch, pixels) in patches.zip(line.windows(KERNEL_SIDE)) {
+            patch[KERNEL_SIDE * index..][..KERNEL_SIDE].copy_from_slice(pixels);
+        }
+    }
+}
+
+/// One pooled row of a convolution, all channels.
+fn pooled_row(network: &Network, layer: usize, rows: &[&[u8]], out: &mut [u8]) {
+    let convolution = &network.convolutions[layer];
+    for block in &convolution.blocks {
+        let row = ConvRow {
+            rows,
+            column_bytes: convolution.column_bytes,
+            kernel_row_bytes: convolution.kernel_row_bytes,
+            weights: &block.weights,
+            bias: &block.bias,
+            scale: &block.scale,
+            n_columns: convolution.pooled[1],
+            out_stride: convolution.channel_stride(),
+        };
+        kernels::conv_row(network.kernel, &row, &mut out[block.first_channel..]);
+    }
+}
+
+/// The last feature map in the order of the dense weights: `[channel, row, column]`.
+fn flatten(shared: &Shared, features: &mut [u8]) {
+    let Some((convolution, map)) = shared.network.convolutions.last().zip(shared.maps.last())
+    else {
+        return;
+    };
+    let [rows, columns] = convolution.pooled;
+    for (row_index, row) in map.rows.iter().enumerate() {
+        let row = lock(row);
+        for (channel, plane) in features.chunks_exact_mut(rows * columns).enumerate() {
+            let line = &mut plane[row_index * columns..][..columns];
+            for (to, from) in line
+                .iter_mut()
+                .zip(row.chunks_exact(convolution.channel_stride()))
+            {
+                *to = from[channel];
+            }
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What our kernels do not run, tract runs: float files, and graphs of another form.
+//!
+//! In: the ONNX protobuf. Out: a plan for one image. The bits of float files differ between CPUs.
+
+use std::sync::Arc;
+
+use tract_onnx::pb::{ModelProto, tensor_proto::DataType};
+use tract_onnx::prelude::{
+    Datum, Framework, InferenceFact, InferenceModelExt, IntoRunnable, Tensor, TractError,
+    TypedRunnableModel, tvec,
+};
+
+use crate::graph::Graph;
+use crate::model::{LoadError, RunError};
+
+/// Output that is the logit, where the graph names its outputs as `trainer export` does.
+const LOGIT: &str = "logit";
+
+/// A graph that tract has optimised for images of one fixed shape.
+#[derive(Debug)]
+pub(crate) struct TractModel {
+    plan: Arc<TypedRunnableModel>,
+    shape: [usize; 4],
+    reason: String,
+}
+
+impl TractModel {
+    /// Optimises a graph for one image a run; its first output, or the one named `logit`, is the logit.
+    ///
+    /// `reason` says why the graph does not run on our kernels.
+    pub(crate) fn new(proto: &ModelProto, reason: String) -> Result<Self, LoadError> {
+        Self::optimise(proto, reason).map_err(|error| LoadError::Tract(error.into()))
+    }
+
+    fn optimise(proto: &ModelProto, reason: String) -> Result<Self, TractError> {
+        let graph = proto
+            .graph
+            .as_ref()
+            .ok_or_else(|| TractError::msg("the file has no graph"))?;
+        let graph = Graph::new(graph);
+        let Some((_, Some(DataType::Uint8), dimensions)) = graph.image_input() else {
+            return Err(TractError::msg("the graph has not one u8 input"));
+        };
+        let fixed = |axis: usize| {
+            dimensions
+                .get(axis)
+                .copied()
+                .flatten()
+                .and_then(|n| usize::try_from(n).ok())
+        };
+        let (Some(channels), Some(rows), Some(columns)) = (fixed(1), fixed(2), fixed(3)) else {
+            return Err(TractError::msg("the image's dimensions are not fixed"));
+        };
+        let shape = [1, channels, rows, columns];
+        let logit = graph.outputs().position(|name| name == LOGIT).unwrap_or(0);
+
+        let mut model = tract_onnx::onnx().model_for_proto_model(proto)?;
+        let output = model.output_outlets()?.get(logit).copied();
+        model.select_output_outlets(output.as_slice())?;
+        let model = model.with_input_fact(0, InferenceFact::dt_shape(u8::datum_type(), shape))?;
+        Ok(Self {
+            plan: model.into_optimized()?.into_runnable()?,
+            shape,
+            reason,
+        })
+    }
+
+    /// Why the graph does not run on our kernels.
+    pub(crate) fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// Bytes of one image.
+    pub(crate) fn image_bytes(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The logit of one image.
+    pub(crate) fn logit(&self, image: &[u8]) -> Result<f32, RunError> {
+        self.run(image)
+            .map_err(|error| RunError::Tract(error.into()))
+    }
+
+    fn run(&self, image: &[u8]) -> Result<f32, TractError> {
+        let image = Tensor::from_shape(&self.shape, image)?;
+        let outputs = self.plan.run(tvec!(image.into()))?;
+        let logit = outputs.first().and_then(|output| {
+            output
+                .try_as_plain_ram()
+                .ok()?
+                .as_slice::<f32>()
+                .ok()?
+                .first()
+        });
+        logit
+            .copied()
+            .ok_or_else(|| TractError::msg("the graph has no f32 output"))
+    }
+}

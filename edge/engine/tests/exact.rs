@@ -1,0 +1,69 @@
+//! Whole networks: every kernel and every number of threads gives the bits of the definition.
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "the reference arithmetic of the test"
+)]
+
+mod model_file;
+
+use engine::{Kernel, Model, Options};
+use model_file::{Network, Random};
+
+#[track_caller]
+fn check(seed: u64, image: [usize; 3], convolutions: &[usize], dense: &[usize]) {
+    let network = Network::random(seed, image, convolutions, dense);
+    let file = network.file();
+    let images = Random::new(seed + 1).bytes(2 * image.iter().product::<usize>());
+    let expected: Vec<u32> = images
+        .chunks_exact(images.len() / 2)
+        .map(|image| network.logit(image).to_bits())
+        .collect();
+    assert_ne!(expected[0], expected[1], "the logit depends on the image");
+    for kernel in Kernel::available() {
+        for threads in [1, 2, 3] {
+            let model = Model::load(
+                &file,
+                &Options {
+                    kernel: Some(kernel),
+                    threads,
+                },
+            )
+            .unwrap();
+            assert_eq!(model.kernel(), Some(kernel), "runs on our kernels");
+            let mut logits = [0.0; 2];
+            let mut session = model.session();
+            for _ in 0..2 {
+                session.logits(&images, &mut logits).unwrap();
+                assert_eq!(
+                    logits.map(f32::to_bits).to_vec(),
+                    expected,
+                    "{kernel}, {threads} threads"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn three_convolutions_of_odd_widths_are_exact() {
+    check(1, [3, 50, 46], &[20, 9, 5], &[7, 1]);
+}
+
+#[test]
+fn one_and_two_convolutions_are_exact() {
+    check(2, [3, 21, 33], &[33], &[4, 1]);
+    check(3, [3, 30, 27], &[16, 40], &[1]);
+}
+
+#[test]
+fn the_narrowest_network_is_exact() {
+    check(4, [1, 22, 22], &[4, 4, 4], &[4, 4, 1]);
+}
+
+#[test]
+fn full_blocks_of_channels_are_exact() {
+    check(5, [3, 38, 38], &[64, 32, 16], &[32, 1]);
+}

@@ -1,0 +1,178 @@
+"""Compares the engine with onnxruntime and OpenVINO on one int8 file: bits of the logits, then times, interleaved.
+
+Usage: peer_bench.py RUN MODEL [--width F] [--rounds N] [--threads 1 2] [--kernel NAME]
+
+RUN is the binary of `cargo build -p engine --example run`; MODEL a file of `trainer quantize`. With --make a
+file of random weights in that form is written to MODEL first: calibrated on noise so that the activations use their range.
+Every engine runs the same noise images, which allow no skipping, in turns of a few images, so that all see the same machine. Medians.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+IMAGE = (3, 256, 256)
+
+
+def make(path, convolutions, dense, seed=1):
+    """Writes a QDQ file of random weights; scales are chosen from the statistics of sums of random products."""
+    rng = np.random.default_rng(seed)
+    nodes, constants = [], []
+    counter = 0
+
+    def name(kind):
+        nonlocal counter
+        counter += 1
+        return f"{kind}_{counter}"
+
+    def constant(kind, array):
+        constants.append(numpy_helper.from_array(array, name(kind)))
+        return constants[-1].name
+
+    def node(op, inputs, **attributes):
+        output = name(op)
+        nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def dequantize(value, scale):
+        return node("DequantizeLinear", [value, constant("scale", np.float32(scale)), constant("zero", np.uint8(0))])
+
+    def requantize(value, scale):
+        quantized = node("QuantizeLinear", [value, constant("scale", np.float32(scale)), constant("zero", np.uint8(0))])
+        return dequantize(quantized, scale)
+
+    def layer(op, value, shape, scale, **attributes):
+        inputs = int(np.prod(shape[1:]))
+        spread = np.sqrt(inputs) * 73 * 148
+        weights = rng.integers(-127, 128, shape, dtype=np.int8)
+        scales = (rng.uniform(0.5, 2, shape[0]) / spread / scale).astype(np.float32)
+        bias = rng.integers(-int(spread / 2), int(spread / 2), shape[0], dtype=np.int32)
+        zero8, zero32 = np.zeros(shape[0], np.int8), np.zeros(shape[0], np.int32)
+        w = node("DequantizeLinear", [constant("w", weights), constant("scale", scales), constant("zero", zero8)], axis=0)
+        b_scale = constant("scale", np.float32(scale) * scales)
+        b = node("DequantizeLinear", [constant("b", bias), b_scale, constant("zero", zero32)], axis=0)
+        return node(op, [value, w, b], **attributes)
+
+    scale, inputs, side = 1 / 255, 3, 256
+    value = dequantize("image", scale)
+    for outputs in convolutions:
+        value = layer("Conv", value, (outputs, inputs, 3, 3), scale, kernel_shape=[3, 3])
+        scale = 3 / 255
+        value = requantize(value, scale)
+        value = requantize(node("MaxPool", [value], kernel_shape=[2, 2], strides=[2, 2]), scale)
+        inputs, side = outputs, (side - 2) // 2
+    value = requantize(node("Flatten", [value], axis=1), scale)
+    inputs *= side * side
+    for outputs in dense:
+        value = requantize(layer("Gemm", value, (outputs, inputs), scale, transB=1), scale)
+        inputs = outputs
+    value = layer("Gemm", value, (1, inputs), scale, transB=1)
+    nodes[-1].output[0] = "logit"
+    nodes.append(helper.make_node("Sigmoid", ["logit"], ["probability"]))
+    graph = helper.make_graph(
+        nodes, "network",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", *IMAGE])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 1]) for n in ("logit", "probability")],
+        constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+class Engine:
+    """Our engine, in its own process."""
+
+    def __init__(self, run, model, images, kernel, threads):
+        command = [run, model, images, kernel, str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.head = self.process.stdout.readline().strip()
+        self.bits = self.head.split("logits ")[1].split()
+
+    def times(self, n):
+        self.process.stdin.write(f"{n}\n")
+        self.process.stdin.flush()
+        return [float(t) for t in self.process.stdout.readline().split()]
+
+
+class Peer:
+    """A runtime in this process."""
+
+    def __init__(self, infer, images):
+        self.infer, self.images, self.next = infer, images, 0
+        self.bits = [f"{np.float32(infer(image)).view(np.uint32):08x}" for image in images]
+
+    def times(self, n):
+        result = []
+        for _ in range(n):
+            image = self.images[self.next % len(self.images)]
+            self.next += 1
+            start = time.perf_counter()
+            self.infer(image)
+            result.append((time.perf_counter() - start) * 1e6)
+        return result
+
+
+def ort(model, threads):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(["logit"], {"image": image})[0].ravel()[0]
+
+
+def openvino(model, threads):
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    request = compiled.create_infer_request()
+    return lambda image: request.infer({"image": image})["logit"].ravel()[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("model")
+    parser.add_argument("--make", help="convolutions/hidden dense layers to write, as 512,256,128/256")
+    parser.add_argument("--kernel", default="fastest")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--burst", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    arguments = parser.parse_args()
+    if arguments.make:
+        convolutions, dense = ([int(n) for n in part.split(",") if n] for part in arguments.make.split("/"))
+        make(arguments.model, convolutions, dense)
+
+    images = np.random.default_rng(7).integers(0, 256, (4, 1, *IMAGE), dtype=np.uint8)
+    with tempfile.NamedTemporaryFile(suffix=".u8", delete=False) as file:
+        file.write(images.tobytes())
+    for threads in arguments.threads:
+        engines = {
+            "engine": Engine(arguments.run, arguments.model, file.name, arguments.kernel, threads),
+            "onnxruntime": Peer(ort(arguments.model, threads), images),
+            "openvino": Peer(openvino(arguments.model, threads), images),
+        }
+        print(f"{threads} thread(s); {engines['engine'].head}")
+        for name, engine in engines.items():
+            print(f"  {name:12} logit bits {' '.join(engine.bits)}")
+        assert engines["engine"].bits == engines["onnxruntime"].bits, "engine and onnxruntime differ"
+        times = {name: [] for name in engines}
+        for _ in range(arguments.rounds):
+            for name, engine in engines.items():
+                times[name] += engine.times(arguments.burst + 1)[1:]
+        ours = statistics.median(times["engine"])
+        for name, values in times.items():
+            median = statistics.median(values)
+            print(f"  {name:12} median {median / 1e3:8.2f} ms, least {min(values) / 1e3:8.2f}, engine is {ours / median:.3f} of it")
+        engines["engine"].process.stdin.close()
+    os.unlink(file.name)
+
+
+if __name__ == "__main__":
+    main()
