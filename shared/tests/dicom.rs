@@ -247,7 +247,6 @@ const BREAKING: &[Breaking] = &[
     ("pixel-spacing-malformed", |o| {
         text(o, (0x0028, 0x0030), VR::DS, "0.7\\0")
     }),
-    ("lossy-flag", |o| text(o, (0x0028, 0x2110), VR::CS, "YES")),
 ];
 
 fn remove(object: &mut InMemDicomObject, tag: (u16, u16)) {
@@ -401,6 +400,10 @@ fn lossy_input_is_recorded() {
     let mut object = ct();
     text(&mut object, (0x0028, 0x2110), VR::CS, "01");
     assert!(slice(&part10(&object, EXPLICIT_LE)).attributes.is_lossy);
+    text(&mut object, (0x0028, 0x2110), VR::CS, "YES");
+    assert!(slice(&part10(&object, EXPLICIT_LE)).attributes.is_lossy);
+    text(&mut object, (0x0028, 0x2110), VR::CS, "00");
+    assert!(!slice(&part10(&object, EXPLICIT_LE)).attributes.is_lossy);
     assert!(!slice(&part10(&ct(), EXPLICIT_LE)).attributes.is_lossy);
 }
 
@@ -595,5 +598,17 @@ fn transfer_syntax_of_another_build_is_named() {
             "1.2.840.10008.1.2.1.99",
             &format!("transfer syntax {name} not supported in this build (feature deflate)"),
         );
+    }
+}
+
+#[test]
+fn every_reason_of_the_gate_is_documented() {
+    let page = include_str!("../../docs/reading-dicom.md");
+    for row in &gate::ROWS {
+        let line = format!(
+            "| `{}` | ({:04X},{:04X}) {} | {} |",
+            row.code, row.tag.0, row.tag.1, row.name, row.allowed
+        );
+        assert!(page.contains(&line), "{line}");
     }
 }

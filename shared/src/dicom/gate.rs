@@ -138,7 +138,7 @@ impl PartialEq for Row {
 impl Eq for Row {}
 
 /// The gate, in the order in which rows are asked; the first that is broken is reported.
-pub static ROWS: [Row; 30] = [
+pub static ROWS: [Row; 29] = [
     row(
         "sop-class",
         tag::SOP_CLASS_UID,
@@ -421,18 +421,6 @@ pub static ROWS: [Row; 30] = [
             out_of_range_text(facts, tag::PIXEL_SPACING, |spacing: [f64; 2]| {
                 spacing.iter().all(|&side_mm| side_mm > 0.0)
             })
-        },
-    ),
-    row(
-        "lossy-flag",
-        tag::LOSSY_IMAGE_COMPRESSION,
-        "Lossy Image Compression",
-        "\"00\", \"01\" or absent",
-        |facts| {
-            unless_absent_or(
-                facts.attributes.text(tag::LOSSY_IMAGE_COMPRESSION),
-                |flag| ["00", "01"].contains(&flag),
-            )
         },
     ),
 ];

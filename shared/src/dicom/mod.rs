@@ -495,7 +495,7 @@ impl Object<'_> {
             syntax,
         )?;
         let is_flagged = attributes.text(attributes::LOSSY_IMAGE_COMPRESSION);
-        let is_lossy = is_flagged.as_deref() == Some("01")
+        let is_lossy = is_flagged.as_deref().is_some_and(|flag| flag != "00")
             || match syntax.loss {
                 Loss::Lossless => false,
                 Loss::Possible => is_flagged.is_none(),
