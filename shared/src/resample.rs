@@ -32,7 +32,7 @@ pub(crate) struct Tap {
     /// The pixel after it, or the same one at the end of the axis.
     pub(crate) second: u32,
     /// Weight of `second`; `denominator - weight` is that of `first`.
-    pub(crate) weight: u32,
+    pub(crate) weight: u8,
 }
 
 /// One axis of the resize: from `n` source pixels to `n_output` pixels at `offset`.
@@ -41,7 +41,7 @@ pub(crate) struct Axis {
     taps: [Tap; SIDE],
     n_output: usize,
     offset: usize,
-    denominator: u32,
+    denominator: u8,
 }
 
 /// Both axes, for one size of image.
@@ -52,17 +52,17 @@ pub(crate) struct Plan {
     division: Division,
 }
 
-/// `floor(x + 0.5)` of a quotient, without dividing: `floor((2 s + d) / (2 d)) = ((2 s + d) x magic) >> 43`.
+/// `floor(x + 0.5)` of a quotient, without dividing: `floor((2 s + d) / (2 d)) = ((2 s + d) x magic) >> shift`.
 ///
-/// `magic = floor(2^43 / 2d) + 1` exceeds `2^43 / 2d` by `e / 2d` with `0 < e <= 2d`. The shift is right while
-/// `(2 s + d) x e < 2^43`: `2 s + d <= 511 d < 2^25` and `e <= 2 x 255^2 < 2^17`.
+/// With `shift = 30 + bits(2 d)`, `magic = floor(2^shift / 2d) + 1` is below `2^32` and exceeds `2^shift / 2d` by `e / 2d`,
+/// `0 < e <= 2d`. The result is right while `(2 s + d) x e < 2^shift`, and `511 d x 2d < 2^30 x 2d` for every `d <= 255^2`.
+/// A `magic` of 32 bits lets the compiler multiply several pixels at once.
 #[derive(Clone, Copy, Debug)]
 struct Division {
     half: u32,
-    magic: u64,
+    magic: u32,
+    shift: u32,
 }
-
-const DIVISION_SHIFT: u32 = 43;
 
 /// Two filtered rows and which source rows they are.
 #[derive(Clone, Debug)]
@@ -102,7 +102,8 @@ impl Plan {
                 side: SIDE,
             });
         };
-        let division = Division::new(row_axis.denominator * column_axis.denominator);
+        let division =
+            Division::new(u32::from(row_axis.denominator) * u32::from(column_axis.denominator));
         Ok(Self {
             rows: row_axis,
             columns: column_axis,
@@ -127,17 +128,19 @@ impl Axis {
     fn new(n: usize, longer: usize) -> Option<Self> {
         let n_output = output_length(n, longer);
         let last = u32::try_from(n.checked_sub(1).filter(|last| *last < MAX_SIDE)?).ok()?;
-        let denominator = u32::try_from(n_output)
-            .ok()?
-            .checked_sub(1)
-            .filter(|denominator| *denominator > 0)?;
+        let denominator = u8::try_from(n_output.checked_sub(1)?)
+            .ok()
+            .filter(|steps| *steps > 0)?;
         let mut taps = [Tap::default(); SIDE];
-        for (index, tap) in (0..=denominator).zip(&mut taps) {
-            let first = index * last / denominator;
+        for (index, tap) in (0..=u32::from(denominator)).zip(&mut taps) {
+            let (first, rest) = (
+                index * last / u32::from(denominator),
+                index * last % u32::from(denominator),
+            );
             *tap = Tap {
                 first,
                 second: (first + 1).min(last),
-                weight: index * last % denominator,
+                weight: u8::try_from(rest).ok()?,
             };
         }
         Some(Self {
@@ -154,10 +157,15 @@ impl Axis {
 }
 
 impl Division {
+    /// `divisor` is 1 to `255 x 255`.
+    #[expect(clippy::cast_possible_truncation, reason = "magic is at most 2^31 + 1")]
     fn new(divisor: u32) -> Self {
+        let shift = 30 + (u32::BITS - (2 * divisor).leading_zeros());
+        let magic = ((1_u64 << shift) / u64::from(2 * divisor) + 1) as u32;
         Self {
             half: divisor,
-            magic: (1 << DIVISION_SHIFT) / u64::from(2 * divisor) + 1,
+            magic,
+            shift,
         }
     }
 
@@ -168,7 +176,8 @@ impl Division {
         reason = "a mean of u8 values is a u8 value"
     )]
     fn round(self, sum: u32) -> u8 {
-        ((u64::from(2 * sum + self.half) * self.magic) >> DIVISION_SHIFT) as u8
+        let numerator = sum.wrapping_mul(2).wrapping_add(self.half);
+        (u64::from(numerator) * u64::from(self.magic) >> self.shift) as u8
     }
 }
 
@@ -230,14 +239,15 @@ pub(crate) fn resize(
 fn mix(
     rows: &[FilteredRow; 2],
     channel: usize,
-    weights: [u32; 2],
+    weights: [u8; 2],
     division: Division,
     out: &mut [u8],
 ) {
     let shift = LANE_BITS * channel;
     for ((byte, first), second) in out.iter_mut().zip(&rows[0]).zip(&rows[1]) {
         let lane = |packed: Packed| (packed >> shift) as u32 & 0xFFFF;
-        *byte = division.round(lane(*first) * weights[0] + lane(*second) * weights[1]);
+        *byte = division
+            .round(lane(*first) * u32::from(weights[0]) + lane(*second) * u32::from(weights[1]));
     }
 }
 
