@@ -22,4 +22,5 @@ pub mod progress;
 pub mod quantize;
 pub mod random;
 pub mod source;
+pub mod phantom;
 pub mod split;

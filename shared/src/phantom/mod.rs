@@ -277,11 +277,25 @@ impl StudyPlan {
     /// Whether an embolus is visible on the slice: [`PhantomSlice::pe_present`] without painting it.
     #[must_use]
     pub fn pe_present(&self, slice_index: u32) -> bool {
-        let z = self.z_mm(slice_index) / self.chest.anatomy.scale[2];
-        self.chest
+        !self.emboli_mm(slice_index).is_empty()
+    }
+
+    /// Centres of the emboli visible on the slice: [`PhantomSlice::emboli_mm`] without painting it.
+    #[must_use]
+    pub fn emboli_mm(&self, slice_index: u32) -> Vec<[f64; 3]> {
+        let anatomy = &self.chest.anatomy;
+        let z_mm = self.z_mm(slice_index);
+        let z = z_mm / anatomy.scale[2];
+        let to_patient = |[x, y, _]: [f64; 3]| {
+            let x_mm = (x + self.sway(y, z)) * anatomy.scale[0] + anatomy.offset_mm[0];
+            [x_mm, y * anatomy.scale[1] + anatomy.offset_mm[1], z_mm]
+        };
+        let centres = self
+            .chest
             .emboli
             .iter()
-            .any(|embolus| embolus.centre_in(z).is_some())
+            .filter_map(|embolus| embolus.centre_in(z));
+        centres.map(to_patient).collect()
     }
 
     /// Paints one slice. Indices past the end repeat the last slice.
@@ -315,17 +329,7 @@ impl StudyPlan {
         let mut hu = canvas.into_hu();
         self.scanner
             .expose(&mut hu, side, scatter(self.key ^ u64::from(slice_index)));
-        let to_patient = |[x, y, _]: [f64; 3]| {
-            let x_mm = (x + self.sway(y, z)) * anatomy.scale[0] + anatomy.offset_mm[0];
-            [x_mm, y * anatomy.scale[1] + anatomy.offset_mm[1], z_mm]
-        };
-        let emboli_mm: Vec<[f64; 3]> = self
-            .chest
-            .emboli
-            .iter()
-            .filter_map(|embolus| embolus.centre_in(z))
-            .map(to_patient)
-            .collect();
+        let emboli_mm = self.emboli_mm(slice_index);
         PhantomSlice {
             hu,
             pe_present: !emboli_mm.is_empty(),
