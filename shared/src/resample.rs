@@ -177,7 +177,7 @@ impl Division {
     )]
     fn round(self, sum: u32) -> u8 {
         let numerator = sum.wrapping_mul(2).wrapping_add(self.half);
-        (u64::from(numerator) * u64::from(self.magic) >> self.shift) as u8
+        ((u64::from(numerator) * u64::from(self.magic)) >> self.shift) as u8
     }
 }
 
