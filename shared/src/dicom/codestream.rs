@@ -23,8 +23,17 @@ pub(super) struct Header {
 pub(super) const SIZ: u8 = 0x51;
 /// Most tiles of a JPEG 2000 frame.
 const MAX_TILES: u64 = 1_024;
-/// Most marker segments before a frame header.
+/// Most precincts of a JPEG 2000 frame; openjp2 needs about 2 KiB for each.
+const MAX_PRECINCTS: u64 = 16_384;
+/// Most packets (precincts x quality layers) of a JPEG 2000 frame; openjp2 allocates and visits them all.
+const MAX_PACKETS: u64 = 262_144;
+/// Smallest code-block exponent as written (2 less than it is): 16 rows or columns.
+const MIN_CODE_BLOCK_EXPONENT: u8 = 2;
+/// Most decomposition levels (15444-1 table A.15).
+const MAX_LEVELS: u8 = 32;
+/// Most marker segments before a frame header, and most in a JPEG 2000 codestream.
 const MAX_SEGMENTS: usize = 256;
+const MAX_JPEG2000_SEGMENTS: usize = 16_384;
 /// How far into a frame a JPEG 2000 codestream may begin (some writers leave the file format's boxes around it).
 const MAX_BOX_BYTES: usize = 1_024;
 
@@ -75,11 +84,11 @@ pub(super) fn jpeg(bytes: &[u8]) -> Result<Header, &'static str> {
     Err(BROKEN)
 }
 
-/// Finds the codestream of a JPEG 2000 frame and reads its SIZ segment.
+/// Finds the codestream of a JPEG 2000 frame, reads its SIZ segment and holds its coding styles against the bounds.
 ///
 /// # Errors
 ///
-/// What is wrong, where there is none or its tiles exceed the bound.
+/// What is wrong, where there is none or its tiles, precincts, packets or code-blocks exceed the bounds.
 pub(super) fn jpeg2000(bytes: &[u8]) -> Result<Header, &'static str> {
     let start = bytes
         .windows(4)
@@ -110,6 +119,12 @@ pub(super) fn jpeg2000(bytes: &[u8]) -> Result<Header, &'static str> {
     if segment[39] != 1 || segment[40] != 1 {
         return Err("a subsampled JPEG 2000 component");
     }
+    let tiles = Tiles {
+        rows: tile_y.min(y),
+        columns: tile_x.min(x),
+        n_tiles: u64::from(x.div_ceil(tile_x)) * u64::from(y.div_ceil(tile_y)),
+    };
+    check_coding_styles(bytes.get(start + 2..).unwrap_or_default(), &tiles)?;
     Ok(Header {
         marker: SIZ,
         rows: y,
@@ -117,6 +132,102 @@ pub(super) fn jpeg2000(bytes: &[u8]) -> Result<Header, &'static str> {
         precision: (segment[38] & 0x7F) + 1,
         n_components: u16::from_be_bytes([segment[36], segment[37]]),
     })
+}
+
+/// Size and number of a JPEG 2000 frame's tiles.
+#[derive(Debug)]
+struct Tiles {
+    rows: u32,
+    columns: u32,
+    n_tiles: u64,
+}
+
+/// Walks the marker segments of the main header and of all tile-part headers (15444-1 A.2) and checks every coding style in them.
+/// A codestream that ends without its last marker passes: decoders take what there is.
+fn check_coding_styles(codestream: &[u8], tiles: &Tiles) -> Result<(), &'static str> {
+    const BROKEN: &str = "a JPEG 2000 header that is malformed";
+    let mut position = 0;
+    let mut tile_part_end = codestream.len();
+    let mut n_layers = 1;
+    for _ in 0..MAX_JPEG2000_SEGMENTS {
+        let Some(&[0xFF, marker, l0, l1]) =
+            codestream.get(position..).and_then(<[u8]>::first_chunk)
+        else {
+            return if position + 4 > codestream.len() {
+                Ok(())
+            } else {
+                Err(BROKEN)
+            };
+        };
+        // End of codestream, and start of data: the tile-part's packets are stepped over.
+        match marker {
+            0xD9 => return Ok(()),
+            0x93 if tile_part_end > position => {
+                position = tile_part_end;
+                continue;
+            }
+            _ => {}
+        }
+        let length = usize::from(u16::from_be_bytes([l0, l1]));
+        let Some(segment) = codestream.get(position + 4..position + 2 + length) else {
+            return Err(BROKEN);
+        };
+        match (marker, segment) {
+            // Start of tile-part; length 0 means up to the end.
+            (0x90, &[_, _, p0, p1, p2, p3, ..]) => {
+                tile_part_end = match u32::from_be_bytes([p0, p1, p2, p3]) {
+                    0 => codestream.len(),
+                    length => position.saturating_add(length as usize),
+                };
+            }
+            // Coding style default: style, progression, layers, component transform, then the component's style.
+            (0x52, &[style, _, n0, n1, _, ref rest @ ..]) => {
+                n_layers = u16::from_be_bytes([n0, n1]);
+                check_coding_style(style, rest, n_layers, tiles)?;
+            }
+            // Coding style of a component.
+            (0x53, &[_, style, ref rest @ ..]) => check_coding_style(style, rest, n_layers, tiles)?,
+            (0x90 | 0x52 | 0x53, _) => return Err(BROKEN),
+            _ => {}
+        }
+        position += 2 + length;
+    }
+    Err("more JPEG 2000 marker segments than allowed")
+}
+
+/// Counts the precincts and packets that a coding style makes (15444-1 A.6.1, B.6).
+fn check_coding_style(
+    style: u8,
+    parameters: &[u8],
+    n_layers: u16,
+    tiles: &Tiles,
+) -> Result<(), &'static str> {
+    const BROKEN: &str = "a JPEG 2000 coding style that is malformed";
+    let &[levels, block_columns, block_rows, _, _, ref precincts @ ..] = parameters else {
+        return Err(BROKEN);
+    };
+    if levels > MAX_LEVELS || block_columns.min(block_rows) < MIN_CODE_BLOCK_EXPONENT {
+        return Err("JPEG 2000 decomposition levels or code-blocks outside the allowed sizes");
+    }
+    let mut n_precincts = 0_u64;
+    for resolution in 0..=levels {
+        let exponents = if style & 1 == 0 {
+            0xFF
+        } else {
+            *precincts.get(usize::from(resolution)).ok_or(BROKEN)?
+        };
+        let scale = u32::from(levels - resolution);
+        let across = |side: u32, exponent: u8| {
+            let side = u64::from(side).div_ceil(1 << scale);
+            side.div_ceil(1 << exponent)
+        };
+        n_precincts += across(tiles.columns, exponents & 0x0F) * across(tiles.rows, exponents >> 4);
+    }
+    n_precincts = n_precincts.saturating_mul(tiles.n_tiles);
+    if n_precincts > MAX_PRECINCTS || n_precincts * u64::from(n_layers) > MAX_PACKETS {
+        return Err("more JPEG 2000 precincts or packets than allowed");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -142,6 +253,71 @@ mod tests {
         for end in 0..19 {
             assert!(jpeg(&bytes[..end]).is_err());
         }
+    }
+
+    /// A codestream of one tile with the given segment after SIZ.
+    fn codestream(side: u32, segment: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0xFF, 0x4F, 0xFF, SIZ, 0, 41, 0, 0];
+        for word in [side, side, 0, 0, side, side, 0, 0] {
+            bytes.extend(word.to_be_bytes());
+        }
+        bytes.extend([0, 1, 15, 1, 1]);
+        bytes.extend(segment);
+        bytes.extend([0xFF, 0xD9, 0, 0]);
+        bytes
+    }
+
+    #[test]
+    fn coding_styles_are_held_against_the_bounds() {
+        let check = |side: u32, segment: &[u8], is_allowed: bool| {
+            let answer = jpeg2000(&codestream(side, segment));
+            assert_eq!(
+                answer.is_ok(),
+                is_allowed,
+                "{side} {segment:02X?}: {answer:?}"
+            );
+        };
+        // Five levels, blocks of 64, one layer, no precincts.
+        let usual = [0xFF, 0x52, 0, 12, 0, 0, 0, 1, 0, 5, 4, 4, 0, 1];
+        check(2048, &usual, true);
+        let with = |changes: &[(usize, u8)], more: &[u8]| {
+            let mut segment = [&usual[..], more].concat();
+            for &(place, value) in changes {
+                segment[place] = value;
+            }
+            segment
+        };
+        check(2048, &with(&[(9, 33)], &[]), false);
+        check(2048, &with(&[(10, 0)], &[]), false);
+        check(2048, &with(&[(3, 18), (4, 1)], &[0x77; 6]), true);
+        check(2048, &with(&[(3, 18), (4, 1)], &[0x11; 6]), false);
+        check(
+            2048,
+            &with(&[(3, 18), (4, 1), (6, 0xFF)], &[0x77; 6]),
+            false,
+        );
+        check(2048, &with(&[(4, 1)], &[]), false);
+        check(2048, &[0xFF, 0x52, 0, 3, 1], false);
+        check(2048, &[0xFF, 0x64, 0xFF, 0xFF], false);
+        // In the header of a tile-part, and for a component.
+        let tile_part = [0xFF, 0x90, 0, 10, 0, 0, 0, 0, 0, 0, 0, 1];
+        check(
+            2048,
+            &[
+                &usual[..],
+                &tile_part,
+                &with(&[(3, 18), (4, 1)], &[0x11; 6]),
+            ]
+            .concat(),
+            false,
+        );
+        let component = [0xFF, 0x53, 0, 15, 0, 1, 5, 4, 4, 0, 1, 0, 0, 0, 0, 0, 0];
+        check(2048, &[&usual[..], &component].concat(), false);
+        check(
+            2048,
+            &[&usual[..], &tile_part, &[0xFF, 0x93], &[0; 50]].concat(),
+            true,
+        );
     }
 
     #[test]
