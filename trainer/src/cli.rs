@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::exit::TABLE;
-use crate::prepare;
+use crate::{evaluate, prepare};
 
 /// Trains, evaluates, quantizes and exports a pulmonary embolism classifier.
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ pub struct Cli {
 pub enum Command {
     /// Decode a source into a cache folder
     Prepare(prepare::PrepareArgs),
+    /// Measure a model on a part of a cache and write the report
+    Evaluate(evaluate::EvaluateArgs),
 }
 
 /// Runs a parsed command line.
@@ -30,6 +32,7 @@ pub enum Command {
 pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
         Some(Command::Prepare(args)) => prepare::run(args),
+        Some(Command::Evaluate(args)) => evaluate::run(args),
         None => Ok(ExitCode::SUCCESS),
     }
 }

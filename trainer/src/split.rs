@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::cache::Cache;
 use crate::index::Part;
 
 /// What is kept together.
@@ -16,6 +17,26 @@ pub enum SplitBy {
     Study,
     /// Nothing: slices are drawn one by one. LEAKS between the parts.
     Image,
+}
+
+impl SplitBy {
+    /// [`LEAK_WARNING`] where it applies.
+    #[must_use]
+    pub fn warning(self) -> Option<&'static str> {
+        (self == Self::Image).then_some(LEAK_WARNING)
+    }
+}
+
+/// Rows of a part, rising: by study as the cache stores it, by image by the seed.
+#[must_use]
+pub fn rows(cache: &Cache, by: SplitBy, seed: u64, wanted: Part) -> Vec<usize> {
+    let rows = cache.rows().iter().enumerate();
+    rows.filter(|(_, row)| match by {
+        SplitBy::Study => row.part == wanted,
+        SplitBy::Image => part(by, seed, row.study_uid.as_str(), row.sop_uid.as_str()) == wanted,
+    })
+    .map(|(number, _)| number)
+    .collect()
 }
 
 /// Shares of the parts in percent: 64 train, 16 val, 20 test (the publication's 80/20 of what is not test).
