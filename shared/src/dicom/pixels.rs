@@ -4,8 +4,9 @@
 //! samples in native layout. One frame at a time; a frame is at most [`MAX_FRAME_BYTES`]. PS3.5 sections 8 and A.4. HU are left
 //! to the rest of the crate.
 //!
-//! RLE and lossy JPEG are decoded in this crate; lossless JPEG, JPEG-LS and JPEG 2000 go through dicom-rs after [`super::codestream`] has compared their headers
-//! with the data set. A decoder that panics is caught in [`guarded`], the one such place, and becomes a refusal.
+//! RLE and lossy JPEG are decoded in this crate; lossless JPEG, JPEG-LS and JPEG 2000 go through dicom-rs after `codestream` has
+//! compared their headers with the data set. A decoder that panics is caught in `guarded`, the one such place, and becomes a
+//! refusal.
 
 use super::Refusal;
 use super::codestream;
@@ -106,14 +107,13 @@ fn native(
     encoding: Encoding,
 ) -> Result<Vec<u8>, Refusal> {
     let available = frame.bytes.get(value).unwrap_or_default();
-    let start = frame.n_bytes() * frame.frame_index;
-    let mut values = available
-        .get(start..start + frame.n_bytes())
-        .ok_or(Refusal::PixelBytes {
-            found: available.len(),
-            needed: start + frame.n_bytes(),
-        })?
-        .to_vec();
+    let start = frame.n_bytes().saturating_mul(frame.frame_index);
+    let end = start.saturating_add(frame.n_bytes());
+    let values = available.get(start..end).ok_or(Refusal::PixelBytes {
+        found: available.len(),
+        needed: end,
+    })?;
+    let mut values = values.to_vec();
     if encoding == Encoding::ExplicitBig {
         // OW holds 8-bit samples two to a word (PS3.5 section 8.1.1).
         let width = match frame.sample_bytes() {

@@ -5,7 +5,7 @@
 //! place; memory is at most the named bounds below. PS3.5 sections 7.1 (elements), 7.5 (sequences), A.4 (fragments).
 //!
 //! Private elements, patient data and everything else that no row of the gate asks for are stepped over. What the values mean is
-//! left to [`super::attributes`].
+//! left to `attributes`.
 
 use super::ReadError;
 use super::transfer_syntax::Encoding;
