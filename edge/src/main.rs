@@ -1,2 +1,52 @@
-//! stub
-fn main() {}
+//! The command line beside a CT console: DICOM in, a probability of pulmonary embolism out. Research use only.
+//!
+//! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with its [`watchdog`]) hands each to the [`worker`] process, where
+//! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
+//! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
+//! them; [`tensor_file`] writes what `--tensors` asks for; [`bench`] measures; [`cli`] and [`exit`] are the outside.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod classify;
+mod cli;
+mod exit;
+mod model;
+mod report;
+mod series;
+mod study;
+mod supervisor;
+mod tensor_file;
+mod walk;
+mod watchdog;
+mod wire;
+mod worker;
+
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut out = BufWriter::new(io::stdout());
+    let done = match &cli.command {
+        Command::Classify(arguments) => classify::run(arguments, &mut out),
+        Command::Bench(arguments) => bench::run(arguments, &mut out),
+        Command::Worker => return worker::run(),
+    };
+    match done {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            let is_reader_gone = failure
+                .error
+                .downcast_ref::<io::Error>()
+                .is_some_and(|error| error.kind() == ErrorKind::BrokenPipe);
+            if !is_reader_gone {
+                // Where standard error is gone too, the exit code is all that is left.
+                drop(writeln!(io::stderr(), "edge: {failure}"));
+            }
+            failure.exit.into()
+        }
+    }
+}

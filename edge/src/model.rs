@@ -1,0 +1,176 @@
+//! The model that a command runs: the file given, or the demonstration model that is part of the program.
+//!
+//! In: a path or nothing, and the engine's options. Out: a [`ReadyModel`] that has passed its own self-test, with the words that
+//! every result must carry. A file without a manifest, or whose preprocessing needs the whole series, is refused: the board
+//! has no preprocessing of its own. What is in the file is the engine's business.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow, bail};
+use engine::{Model, Options};
+use shared::manifest::{DataKind, Manifest, Precision, Validation};
+use shared::spec::Normalisation;
+use shared::{RESEARCH_USE, TENSOR_BYTES, selftest};
+
+use crate::exit::{Exit, Failure, failure};
+
+/// The demonstration model.
+const DEMONSTRATION: &[u8] = include_bytes!("../model/demo.onnx");
+/// Largest model file; the full model has 124 MB in f32.
+pub(crate) const MAX_MODEL_BYTES: u64 = 256 << 20;
+/// Digits of the digest that name a model in results.
+const DIGEST_DIGITS: usize = 12;
+/// Images of the self-test that are run at start.
+const MAX_SELF_TESTS: usize = 4;
+
+/// A model that may be used.
+#[derive(Debug)]
+pub(crate) struct ReadyModel {
+    /// The engine's.
+    pub(crate) model: Model,
+    /// What the file says of itself.
+    pub(crate) manifest: Manifest,
+    /// Architecture, width, precision and digest, as results name the model.
+    pub(crate) name: String,
+    /// What every result must say.
+    pub(crate) notice: String,
+    /// Time to load it, without the self-test, in microseconds.
+    pub(crate) load_micros: u64,
+}
+
+impl ReadyModel {
+    /// Loads the file, or the demonstration model, and runs its self-test.
+    ///
+    /// # Errors
+    /// `Configuration` where the file cannot be read or the kernel cannot run; `BadData` where the file is no model that this
+    /// program may use; `FailedCheck` where the self-test gives other bits than the file says.
+    pub(crate) fn load(path: Option<&Path>, options: &Options) -> Result<Self, Failure> {
+        let start = Instant::now();
+        let model = match path {
+            Some(path) => load(&read(path)?, options),
+            None => load(DEMONSTRATION, options),
+        };
+        let named = |failure: Failure| Failure {
+            error: failure.error.context(describe(path)),
+            ..failure
+        };
+        let model = model.map_err(named)?;
+        let load_micros = micros(start);
+        let manifest = usable(&model)
+            .with_context(|| describe(path))
+            .map_err(failure(Exit::BadData))?;
+        self_test(&model, &manifest)
+            .with_context(|| describe(path))
+            .map_err(failure(Exit::FailedCheck))?;
+        Ok(Self {
+            name: name(&model, &manifest),
+            notice: notice(&manifest),
+            model,
+            manifest,
+            load_micros,
+        })
+    }
+}
+
+/// Microseconds since `start`.
+pub(crate) fn micros(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+fn describe(path: Option<&Path>) -> String {
+    match path {
+        Some(path) => format!("model file {}", path.display()),
+        None => "the demonstration model".to_owned(),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let read =
+        File::open(path).and_then(|file| file.take(MAX_MODEL_BYTES + 1).read_to_end(&mut bytes));
+    read.with_context(|| describe(Some(path)))
+        .map_err(failure(Exit::Configuration))?;
+    if bytes.len() as u64 > MAX_MODEL_BYTES {
+        let error = anyhow!(
+            "{}: more than {MAX_MODEL_BYTES} bytes",
+            describe(Some(path))
+        );
+        return Err(failure(Exit::BadData)(error));
+    }
+    Ok(bytes)
+}
+
+fn load(bytes: &[u8], options: &Options) -> Result<Model, Failure> {
+    Model::load(bytes, options).map_err(|error| {
+        let exit = match error {
+            engine::LoadError::Kernel(_) | engine::LoadError::Threads(_) => Exit::Configuration,
+            _ => Exit::BadData,
+        };
+        failure(exit)(error)
+    })
+}
+
+fn usable(model: &Model) -> anyhow::Result<Manifest> {
+    let Some(manifest) = model.manifest() else {
+        bail!("the file has no manifest (metadata pe.manifest), so its preprocessing is not known");
+    };
+    if manifest.preprocess.normalisation != Normalisation::Window {
+        bail!(
+            "its preprocessing (series-minmax) needs the whole series; only models with normalisation window run here"
+        );
+    }
+    Ok(manifest.clone())
+}
+
+fn self_test(model: &Model, manifest: &Manifest) -> anyhow::Result<()> {
+    if manifest.precision != Precision::Int8 {
+        return Ok(());
+    }
+    let mut session = model.session();
+    let mut image = vec![0; TENSOR_BYTES];
+    for test in manifest.self_test.iter().take(MAX_SELF_TESTS) {
+        selftest::image(test.seed, &mut image);
+        let mut logit = [0.0];
+        session.logits(&image, &mut logit)?;
+        let found = logit[0].to_bits();
+        if found != test.logit_bits {
+            bail!(
+                "self-test with seed {}: logit bits {found:08x}, expected {:08x}",
+                test.seed,
+                test.logit_bits
+            );
+        }
+    }
+    Ok(())
+}
+
+fn name(model: &Model, manifest: &Manifest) -> String {
+    let precision = match manifest.precision {
+        Precision::Float32 => "float32",
+        Precision::Int8 => "int8",
+    };
+    let digest = model.digest();
+    let digest = digest.get(..DIGEST_DIGITS).unwrap_or(digest);
+    format!(
+        "{}-{}-{precision}-{digest}",
+        manifest.architecture, manifest.width
+    )
+}
+
+fn notice(manifest: &Manifest) -> String {
+    let mut notice = RESEARCH_USE.to_owned();
+    match manifest.training_data.kind {
+        DataKind::Phantom => notice.push_str("; demonstration model, trained on synthetic data"),
+        DataKind::None => notice.push_str("; model with random weights, its answers mean nothing"),
+        DataKind::Rsna | DataKind::Jpeg | DataKind::Folders => {}
+    }
+    match manifest.validation {
+        Validation::Validated => {}
+        Validation::Unvalidated => notice.push_str("; unvalidated model"),
+        Validation::Forced => notice.push_str("; model that failed its gate"),
+    }
+    notice
+}
