@@ -535,6 +535,22 @@ fn frames_are_found_among_fragments() {
 }
 
 #[test]
+fn frames_without_offset_table_are_found_by_their_codestreams() {
+    let mut object = enhanced_ct(2);
+    for (tag, value) in [(0x0100, 8), (0x0101, 8), (0x0102, 7), (0x0103, 0)] {
+        number(&mut object, (0x0028, tag), value);
+    }
+    let frame = data_set::jpeg_frame();
+    let halves = [frame[..200].to_vec(), frame[200..].to_vec()];
+    encapsulate(&mut object, &[], &[halves.clone(), halves].concat());
+    let bytes = part10(&object, data_set::JPEG_BASELINE);
+    let object = dicom::read(&bytes).unwrap();
+    let frames = [0, 1].map(|index| object.frame(index).unwrap().pixels);
+    assert_eq!(frames[0].len(), 64 * 64);
+    assert_eq!(frames[0], frames[1]);
+}
+
+#[test]
 fn pixel_data_must_fit_the_frame_and_the_transfer_syntax() {
     let mut short = ct();
     short.put(DataElement::new(

@@ -253,6 +253,77 @@ fn twins_in_other_transfer_syntaxes_give_the_same_values() {
     }
 }
 
+/// The perfusion map as if it were an axial image in HU: values of the same length in place of those that the gate refuses.
+fn disguised(mut bytes: Vec<u8>) -> Vec<u8> {
+    let replacements: [(&[u8], &[u8]); 5] = [
+        (b"COLOR ", b"      "),
+        (b"PERFUSION", b"VOLUME   "),
+        (b"RCBF", b"NONE"),
+        (
+            b"\x28\x00\x54\x10LO\x02\x00US",
+            b"\x28\x00\x54\x10LO\x02\x00HU",
+        ),
+        (b"-1.00000\\0.00000", b"1.000000\\0.00000"),
+    ];
+    for (from, to) in replacements {
+        let places: Vec<usize> = (0..20_000.min(bytes.len() - from.len()))
+            .filter(|&place| bytes[place..].starts_with(from))
+            .collect();
+        for place in places {
+            bytes[place..place + to.len()].copy_from_slice(to);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn frames_of_an_enhanced_ct_are_equal_in_every_coding() {
+    let Some(folder) = folder("frames_of_an_enhanced_ct_are_equal_in_every_coding") else {
+        return;
+    };
+    let frames = |name: &str| {
+        let path = folder.join("multiframe_enhanced_ct").join(name);
+        let bytes = disguised(read(&path));
+        let object = dicom::read(&bytes).unwrap();
+        assert_eq!(object.n_frames(), 2, "{name}");
+        [0, 1].map(|index| {
+            object
+                .frame(index)
+                .unwrap_or_else(|refusal| panic!("{name}: {refusal}"))
+        })
+    };
+    let expected = frames("CT0012.not_fragmented_bot_rle.dcm");
+    assert_ne!(expected[0].pixels, expected[1].pixels);
+    assert_eq!(
+        expected.each_ref().map(|frame| frame.attributes.z_mm),
+        [Some(-159.0), Some(-149.0)]
+    );
+    let mut lossless = vec![
+        "not_fragmented_no_bot_rle",
+        "fragmented_no_bot_jpeg_lossless.57",
+        "fragmented_no_bot_jpeg_lossless.70",
+    ];
+    if cfg!(feature = "jpegls") {
+        lossless.extend([
+            "fragmented_no_bot_jpeg_ls.80",
+            "not_fragmented_bot_jpeg_ls.80",
+        ]);
+    }
+    for name in lossless {
+        assert!(frames(&format!("CT0012.{name}.dcm")) == expected, "{name}");
+    }
+    // Its writer raised all stored values by 1,024 without telling the rescale intercept; libjpeg decodes the same.
+    const RAISED_HU: f64 = 1024.0;
+    let lossy = frames("CT0012.fragmented_no_bot_jpeg_baseline.51.dcm");
+    for (lossy, expected) in lossy.iter().zip(&expected) {
+        assert!(lossy.attributes.is_lossy);
+        let values = hounsfield(lossy).into_iter().zip(hounsfield(expected));
+        let difference = |(found, expected): (f64, f64)| (found - expected - RAISED_HU).abs();
+        let largest = values.map(difference).fold(0.0, f64::max);
+        assert!(largest <= 36.0, "{largest} HU");
+    }
+}
+
 /// What is refused, and why, file by file.
 const REASONS: &[(&str, &str)] = &[
     ("robustness_pydicom/CT_small.dcm", "ok"),
