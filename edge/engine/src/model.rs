@@ -152,7 +152,7 @@ impl Model {
         let program = match chain {
             Some(Ok(chain)) => Program::Network(Arc::new(Network::new(chain, &mut proto, kernel)?)),
             Some(Err(reason)) => {
-                Program::Tract(Arc::new(TractModel::new(&proto, reason.to_string())?))
+                Program::Tract(Arc::new(TractModel::new(&mut proto, reason.to_string())?))
             }
             None => {
                 return Err(LoadError::Shape {

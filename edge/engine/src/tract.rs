@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use tract_onnx::pb::{ModelProto, tensor_proto::DataType};
+use tract_onnx::pb::tensor_shape_proto::dimension;
+use tract_onnx::pb::{ModelProto, tensor_proto::DataType, type_proto};
 use tract_onnx::prelude::{
     Datum, Framework, InferenceFact, InferenceModelExt, IntoRunnable, Tensor, TractError,
     TypedRunnableModel, tvec,
@@ -28,11 +29,11 @@ impl TractModel {
     /// Optimises a graph for one image a run; its first output, or the one named `logit`, is the logit.
     ///
     /// `reason` says why the graph does not run on our kernels.
-    pub(crate) fn new(proto: &ModelProto, reason: String) -> Result<Self, LoadError> {
+    pub(crate) fn new(proto: &mut ModelProto, reason: String) -> Result<Self, LoadError> {
         Self::optimise(proto, reason).map_err(|error| LoadError::Tract(error.into()))
     }
 
-    fn optimise(proto: &ModelProto, reason: String) -> Result<Self, TractError> {
+    fn optimise(proto: &mut ModelProto, reason: String) -> Result<Self, TractError> {
         let graph = proto
             .graph
             .as_ref()
@@ -54,7 +55,10 @@ impl TractModel {
         let shape = [1, channels, rows, columns];
         let logit = graph.outputs().position(|name| name == LOGIT).unwrap_or(0);
 
-        let mut model = tract_onnx::onnx().model_for_proto_model(proto)?;
+        fix_batch(proto);
+        let mut model = tract_onnx::onnx()
+            .with_ignore_value_info(true)
+            .model_for_proto_model(proto)?;
         let output = model.output_outlets()?.get(logit).copied();
         model.select_output_outlets(output.as_slice())?;
         let model = model.with_input_fact(0, InferenceFact::dt_shape(u8::datum_type(), shape))?;
@@ -95,5 +99,20 @@ impl TractModel {
         logit
             .copied()
             .ok_or_else(|| TractError::msg("the graph has no f32 output"))
+    }
+}
+
+/// Sets the first dimension of every input to 1: a plan is for one image, and tract keeps a named dimension apart from a number.
+fn fix_batch(proto: &mut ModelProto) {
+    let inputs = proto.graph.iter_mut().flat_map(|graph| &mut graph.input);
+    for r#type in inputs.filter_map(|input| input.r#type.as_mut()) {
+        if let Some(type_proto::Value::TensorType(tensor)) = &mut r#type.value
+            && let Some(batch) = tensor
+                .shape
+                .as_mut()
+                .and_then(|shape| shape.dim.first_mut())
+        {
+            batch.value = Some(dimension::Value::DimValue(1));
+        }
     }
 }

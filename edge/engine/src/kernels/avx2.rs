@@ -9,12 +9,12 @@
 )]
 
 use std::arch::x86_64::{
-    __m128i, __m256i, _mm_loadu_si128, _mm_packus_epi16, _mm_packus_epi32, _mm_storeu_si64,
-    _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_si128, _mm256_cvtepi8_epi16,
-    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtps_epi32, _mm256_extracti128_si256,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_max_epi32, _mm256_max_ps,
-    _mm256_min_ps, _mm256_mul_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_srli_epi16, _mm256_storeu_si256,
+    __m128i, __m256i, _mm_packus_epi16, _mm_packus_epi32, _mm_storeu_si64, _mm256_add_epi32,
+    _mm256_and_si256, _mm256_castsi256_si128, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
+    _mm256_cvtepu8_epi16, _mm256_cvtps_epi32, _mm256_extracti128_si256, _mm256_loadu_ps,
+    _mm256_madd_epi16, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_srli_epi16, _mm256_storeu_si256,
 };
 
 use std::hint::black_box;
@@ -46,31 +46,39 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 #[target_feature(enable = "avx2")]
 fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
     let mut sums = [[_mm256_setzero_si256(); VECTORS]; POSITIONS];
-    for (v, bias) in row.bias.as_chunks::<8>().0.iter().take(VECTORS).enumerate() {
+    for (v, bias) in row.bias::<8, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
         for sums in &mut sums {
             sums[v] = bias;
         }
     }
     let low_bytes = _mm256_set1_epi16(0xff);
-    let n_groups = row.kernel_row_bytes / GEOMETRY.group;
     for kernel_row in 0..row.kernel_rows() {
-        let windows: [[&[[u8; 4]]; 1]; POSITIONS] = row.windows(kernel_row, column);
-        let weights = row.kernel_row_weights(kernel_row).as_chunks::<64>().0;
-        for (group, weights) in (0..n_groups).zip(weights.chunks_exact(VECTORS)) {
-            for ([window], sums) in windows.iter().zip(&mut sums) {
-                let activations = _mm256_set1_epi32(i32::from_le_bytes(window[group]));
+        let windows = row.windows::<1, 4>(kernel_row, column);
+        let weights = row
+            .kernel_row_weights(kernel_row)
+            .as_chunks::<32>()
+            .0
+            .as_chunks::<2>()
+            .0;
+        for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
+            for (position, sums) in sums.iter_mut().enumerate() {
+                let activations =
+                    _mm256_set1_epi32(i32::from_le_bytes(*windows.at(position, 0, step)));
                 let even = _mm256_and_si256(activations, low_bytes);
                 let odd = _mm256_srli_epi16::<8>(activations);
-                for (sum, weights) in sums.iter_mut().zip(weights) {
-                    let [even_weights, odd_weights] = load_pair(weights);
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(even, even_weights));
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(odd, odd_weights));
+                for (sum, [even_weights, odd_weights]) in sums.iter_mut().zip(weights) {
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(even, load(even_weights)));
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(odd, load(odd_weights)));
                 }
             }
         }
     }
-    pool_and_store(&sums, row, column, out);
+    let [a, b, c, d] = sums;
+    let pixel = row.pixel::<8, VECTORS>(column, out);
+    for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
+        pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
+    }
 }
 
 /// See [`super::dense`].
@@ -113,29 +121,20 @@ pub(super) fn peak(repetitions: u32) -> u32 {
     repetitions * SUMS * 16
 }
 
-/// Pools the sums of one 2 x 2 window, requantizes and stores them.
+/// The sums of a 2 x 2 window pooled, requantized and stored.
+#[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn pool_and_store<const VECTORS: usize>(
-    sums: &[[__m256i; VECTORS]; POSITIONS],
-    row: &ConvRow<'_>,
-    column: usize,
-    out: &mut [u8],
+pub(super) fn pool_and_store(
+    [a, b, c, d]: [__m256i; POSITIONS],
+    scale: &[f32; 8],
+    bytes: &mut [u8; 8],
 ) {
-    let pixel = &mut out[column * row.out_stride..][..8 * VECTORS];
-    let [a, b, c, d] = sums;
-    for (v, (bytes, scale)) in pixel
-        .as_chunks_mut::<8>()
-        .0
-        .iter_mut()
-        .zip(row.scale.as_chunks::<8>().0)
-        .enumerate()
-    {
-        let highest = _mm256_max_epi32(_mm256_max_epi32(a[v], b[v]), _mm256_max_epi32(c[v], d[v]));
-        store(bytes, requantize(highest, scale));
-    }
+    let highest = _mm256_max_epi32(_mm256_max_epi32(a, b), _mm256_max_epi32(c, d));
+    store(bytes, requantize(highest, scale));
 }
 
 /// Eight sums to eight u8 in the low half, see [`shared::quantize::requantize`].
+#[inline]
 #[target_feature(enable = "avx2")]
 fn requantize(sums: __m256i, scale: &[f32; 8]) -> __m128i {
     // SAFETY: the reference covers the 32 bytes that are read.
@@ -162,32 +161,28 @@ pub(super) fn sum_of_lanes(sums: __m256i) -> i32 {
     lanes.iter().sum()
 }
 
+#[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn load(bytes: &[u8; 32]) -> __m256i {
     // SAFETY: the reference covers the 32 bytes that are read.
-    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+    unsafe { bytes.as_ptr().cast::<__m256i>().read_unaligned() }
 }
 
-#[target_feature(enable = "avx2")]
-fn load_pair(bytes: &[u8; 64]) -> [__m256i; 2] {
-    let [low, high] = bytes.as_chunks::<32>().0 else {
-        return [_mm256_setzero_si256(); 2];
-    };
-    [load(low), load(high)]
-}
-
+#[inline]
 #[target_feature(enable = "avx2")]
 fn load_half(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: the reference covers the 16 bytes that are read.
-    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+    unsafe { bytes.as_ptr().cast::<__m128i>().read_unaligned() }
 }
 
+#[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn load_i32(values: &[i32; 8]) -> __m256i {
     // SAFETY: the reference covers the 32 bytes that are read.
-    unsafe { _mm256_loadu_si256(values.as_ptr().cast()) }
+    unsafe { values.as_ptr().cast::<__m256i>().read_unaligned() }
 }
 
+#[inline]
 #[target_feature(enable = "avx2")]
 fn store(bytes: &mut [u8; 8], value: __m128i) {
     // SAFETY: the reference covers the 8 bytes that are written.

@@ -68,31 +68,24 @@ fn tile<const VECTORS: usize, const COLUMNS: usize>(
     out: &mut [u8],
 ) {
     let mut sums = [[[_mm512_setzero_si512(); VECTORS]; COLUMNS]; POSITIONS];
-    for (v, bias) in row
-        .bias
-        .as_chunks::<16>()
-        .0
-        .iter()
-        .take(VECTORS)
-        .enumerate()
-    {
+    for (v, bias) in row.bias::<16, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
         for sums in sums.as_flattened_mut() {
             sums[v] = bias;
         }
     }
-    let n_groups = row.kernel_row_bytes / GEOMETRY.group;
     for kernel_row in 0..row.kernel_rows() {
-        let windows: [[&[[u8; 4]]; COLUMNS]; POSITIONS] = row.windows(kernel_row, first);
+        let windows = row.windows::<COLUMNS, 4>(kernel_row, first);
         let weights = row.kernel_row_weights(kernel_row).as_chunks::<64>().0;
-        for (group, weights) in (0..n_groups).zip(weights.chunks_exact(VECTORS)) {
+        for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
             let mut w = [_mm512_setzero_si512(); VECTORS];
             for (w, bytes) in w.iter_mut().zip(weights) {
                 *w = load(bytes);
             }
-            for (windows, sums) in windows.iter().zip(&mut sums) {
-                for (window, sums) in windows.iter().zip(sums) {
-                    let activations = _mm512_set1_epi32(i32::from_le_bytes(window[group]));
+            for (position, sums) in sums.iter_mut().enumerate() {
+                for (column, sums) in sums.iter_mut().enumerate() {
+                    let quad = i32::from_le_bytes(*windows.at(position, column, step));
+                    let activations = _mm512_set1_epi32(quad);
                     for (sum, w) in sums.iter_mut().zip(w) {
                         *sum = _mm512_dpbusd_epi32(*sum, activations, w);
                     }
@@ -100,19 +93,16 @@ fn tile<const VECTORS: usize, const COLUMNS: usize>(
             }
         }
     }
+    let [a, b, c, d] = sums;
     for column in 0..COLUMNS {
-        let pixel = &mut out[(first + column) * row.out_stride..][..16 * VECTORS];
-        let scales = row.scale.as_chunks::<16>().0;
-        for (v, (bytes, scale)) in pixel
-            .as_chunks_mut::<16>()
-            .0
-            .iter_mut()
-            .zip(scales)
-            .enumerate()
-        {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|position: usize| sums[position][column][v]);
-            let highest = _mm512_max_epi32(_mm512_max_epi32(a, b), _mm512_max_epi32(c, d));
-            store(bytes, requantize(highest, load_f32(scale)));
+        let pixel = row.pixel::<16, VECTORS>(first + column, out);
+        for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<16, VECTORS>()).enumerate() {
+            let top = _mm512_max_epi32(a[column][v], b[column][v]);
+            let bottom = _mm512_max_epi32(c[column][v], d[column][v]);
+            store(
+                bytes,
+                requantize(_mm512_max_epi32(top, bottom), load_f32(scale)),
+            );
         }
     }
 }
@@ -171,6 +161,7 @@ pub(super) fn peak(repetitions: u32) -> u32 {
 }
 
 /// Sixteen sums to sixteen u8, see [`shared::quantize::requantize`]. Clamping before rounding is the same: the bounds are integers.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn requantize(sums: __m512i, scale: __m512) -> __m128i {
     let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
@@ -183,24 +174,28 @@ fn requantize(sums: __m512i, scale: __m512) -> __m128i {
     _mm512_cvtepi32_epi8(rounded)
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load(bytes: &[u8; 64]) -> __m512i {
     // SAFETY: the reference covers the 64 bytes that are read.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load_i32(values: &[i32; 16]) -> __m512i {
     // SAFETY: the reference covers the 64 bytes that are read.
     unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load_f32(values: &[f32; 16]) -> __m512 {
     // SAFETY: the reference covers the 64 bytes that are read.
     unsafe { _mm512_loadu_ps(values.as_ptr()) }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn store(bytes: &mut [u8; 16], value: __m128i) {
     // SAFETY: the reference covers the 16 bytes that are written.

@@ -35,30 +35,34 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 #[target_feature(enable = "avx2,avxvnni")]
 fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
     let mut sums = [[_mm256_setzero_si256(); VECTORS]; POSITIONS];
-    for (v, bias) in row.bias.as_chunks::<8>().0.iter().take(VECTORS).enumerate() {
+    for (v, bias) in row.bias::<8, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
         for sums in &mut sums {
             sums[v] = bias;
         }
     }
-    let n_groups = row.kernel_row_bytes / GEOMETRY.group;
     for kernel_row in 0..row.kernel_rows() {
-        let windows: [[&[[u8; 4]]; 1]; POSITIONS] = row.windows(kernel_row, column);
+        let windows = row.windows::<1, 4>(kernel_row, column);
         let weights = row.kernel_row_weights(kernel_row).as_chunks::<32>().0;
-        for (group, weights) in (0..n_groups).zip(weights.chunks_exact(VECTORS)) {
+        for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
             let mut w = [_mm256_setzero_si256(); VECTORS];
             for (w, bytes) in w.iter_mut().zip(weights) {
                 *w = load(bytes);
             }
-            for ([window], sums) in windows.iter().zip(&mut sums) {
-                let activations = _mm256_set1_epi32(i32::from_le_bytes(window[group]));
+            for (position, sums) in sums.iter_mut().enumerate() {
+                let activations =
+                    _mm256_set1_epi32(i32::from_le_bytes(*windows.at(position, 0, step)));
                 for (sum, w) in sums.iter_mut().zip(w) {
                     *sum = _mm256_dpbusd_avx_epi32(*sum, activations, w);
                 }
             }
         }
     }
-    pool_and_store(&sums, row, column, out);
+    let [a, b, c, d] = sums;
+    let pixel = row.pixel::<8, VECTORS>(column, out);
+    for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
+        pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
+    }
 }
 
 /// See [`super::dense`].

@@ -249,26 +249,75 @@ impl<'a> ConvRow<'a> {
     }
 
     /// What one kernel row covers at each position of `COLUMNS` pooling windows, in steps of `STEP` bytes.
-    ///
-    /// Every slice has `kernel_row_bytes / STEP` elements, checked here once, so that the loops over them need no check.
-    #[cfg_attr(
-        not(any(target_arch = "x86_64", target_arch = "aarch64")),
-        expect(dead_code, reason = "for SIMD kernels")
-    )]
     #[inline]
     fn windows<const COLUMNS: usize, const STEP: usize>(
         &self,
         kernel_row: usize,
         first_column: usize,
-    ) -> [[&'a [[u8; STEP]]; COLUMNS]; POSITIONS] {
-        let n = self.kernel_row_bytes / STEP;
-        std::array::from_fn(|position| {
+    ) -> Windows<'a, COLUMNS, STEP> {
+        let n_steps = self.kernel_row_bytes / STEP;
+        let steps = std::array::from_fn(|position| {
             let input = self.rows[kernel_row + position / 2];
             std::array::from_fn(|column| {
                 let start = (2 * (first_column + column) + position % 2) * self.column_bytes;
-                &input[start..][..n * STEP].as_chunks().0[..n]
+                &input[start..].as_chunks().0[..n_steps]
             })
-        })
+        });
+        Windows { steps, n_steps }
+    }
+
+    /// The bias, vector by vector.
+    #[inline]
+    fn bias<const LANES: usize, const VECTORS: usize>(&self) -> &'a [[i32; LANES]; VECTORS] {
+        self.bias
+            .as_chunks()
+            .0
+            .first_chunk()
+            .expect("a block fills its vectors")
+    }
+
+    /// The scales, vector by vector.
+    #[inline]
+    fn scale<const LANES: usize, const VECTORS: usize>(&self) -> &'a [[f32; LANES]; VECTORS] {
+        self.scale
+            .as_chunks()
+            .0
+            .first_chunk()
+            .expect("a block fills its vectors")
+    }
+
+    /// Where the block's channels of a pooled column go, vector by vector.
+    #[inline]
+    fn pixel<'o, const LANES: usize, const VECTORS: usize>(
+        &self,
+        column: usize,
+        out: &'o mut [u8],
+    ) -> &'o mut [[u8; LANES]; VECTORS] {
+        let pixel = &mut out[column * self.out_stride..];
+        pixel
+            .as_chunks_mut()
+            .0
+            .first_chunk_mut()
+            .expect("the output row holds every pixel")
+    }
+}
+
+/// The activations under one kernel row, for each position and column of a tile.
+///
+/// Lengths are checked when it is made, so that the innermost loops, bounded by `n_steps`, run without checks.
+struct Windows<'a, const COLUMNS: usize, const STEP: usize> {
+    /// Each `n_steps` long.
+    steps: [[&'a [[u8; STEP]]; COLUMNS]; POSITIONS],
+    n_steps: usize,
+}
+
+impl<'a, const COLUMNS: usize, const STEP: usize> Windows<'a, COLUMNS, STEP> {
+    /// One step at one position and column.
+    #[inline]
+    fn at(&self, position: usize, column: usize, step: usize) -> &'a [u8; STEP] {
+        assert!(step < self.n_steps, "a step of the kernel row");
+        // SAFETY: every slice is `n_steps` long since it was made, and `step` is below.
+        unsafe { self.steps[position][column].get_unchecked(step) }
     }
 }
 

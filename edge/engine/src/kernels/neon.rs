@@ -43,25 +43,30 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 #[target_feature(enable = "neon")]
 fn tile(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
     let mut sums = [[vdupq_n_s32(0); CHANNELS]; POSITIONS];
-    let n_groups = row.kernel_row_bytes / GEOMETRY.group;
     for kernel_row in 0..row.kernel_rows() {
-        let windows: [[&[[u8; 16]]; 1]; POSITIONS] = row.windows(kernel_row, column);
+        let windows = row.windows::<1, 16>(kernel_row, column);
         let weights = row.kernel_row_weights(kernel_row).as_chunks::<16>().0;
-        for (group, weights) in (0..n_groups).zip(weights.chunks_exact(CHANNELS)) {
-            for ([window], sums) in windows.iter().zip(&mut sums) {
-                let activations = load_offset(&window[group]);
+        for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<CHANNELS>().0) {
+            for (position, sums) in sums.iter_mut().enumerate() {
+                let activations = load_offset(windows.at(position, 0, step));
                 for (sum, weights) in sums.iter_mut().zip(weights) {
                     *sum = add_products(*sum, activations, load_weights(weights));
                 }
             }
         }
     }
-    let [a, b, c, d] = sums.map(|[a, b, c, d]| vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+    let [a, b, c, d] = sums;
+    let [a, b, c, d] = [sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)];
     let highest = vmaxq_s32(vmaxq_s32(a, b), vmaxq_s32(c, d));
-    if let (Some(bias), Some(scale)) = (row.bias.first_chunk(), row.scale.first_chunk()) {
-        let sums = vaddq_s32(highest, load_i32(bias));
-        out[column * row.out_stride..][..CHANNELS].copy_from_slice(&requantize(sums, scale));
-    }
+    let ([bias], [scale], [pixel]) = (row.bias(), row.scale(), row.pixel(column, out));
+    *pixel = requantize(vaddq_s32(highest, load_i32(bias)), scale);
+}
+
+/// The lanes of four vectors added up, one sum a lane.
+#[inline]
+#[target_feature(enable = "neon")]
+fn sum_lanes([a, b, c, d]: [int32x4_t; CHANNELS]) -> int32x4_t {
+    vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))
 }
 
 /// See [`super::dense`]. The sum of the weights is taken on the way, because dense weights lie as in the model file.
@@ -82,6 +87,7 @@ pub(super) fn dense(activations: &[u8], weights: &[u8], sums: &mut [i32]) {
 }
 
 /// Adds 16 products to four sums. No product pair leaves 16 bits, see the head of this file.
+#[inline]
 #[target_feature(enable = "neon")]
 fn add_products(sum: int32x4_t, activations: int8x16_t, weights: int8x16_t) -> int32x4_t {
     let low = vmull_s8(vget_low_s8(activations), vget_low_s8(weights));
@@ -89,6 +95,7 @@ fn add_products(sum: int32x4_t, activations: int8x16_t, weights: int8x16_t) -> i
 }
 
 /// Four sums to four u8, see [`shared::quantize::requantize`].
+#[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn requantize(sums: int32x4_t, scale: &[f32; 4]) -> [u8; 4] {
     // SAFETY: the reference covers the 16 bytes that are read.
@@ -101,6 +108,7 @@ pub(super) fn requantize(sums: int32x4_t, scale: &[f32; 4]) -> [u8; 4] {
 }
 
 /// Activations less 128, as s8.
+#[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn load_offset(bytes: &[u8; 16]) -> int8x16_t {
     // SAFETY: the reference covers the 16 bytes that are read.
@@ -108,12 +116,14 @@ pub(super) fn load_offset(bytes: &[u8; 16]) -> int8x16_t {
     vreinterpretq_s8_u8(veorq_u8(activations, vdupq_n_u8(0x80)))
 }
 
+#[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn load_weights(bytes: &[u8; 16]) -> int8x16_t {
     // SAFETY: the reference covers the 16 bytes that are read.
     unsafe { vld1q_s8(bytes.as_ptr().cast()) }
 }
 
+#[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn load_i32(values: &[i32; 4]) -> int32x4_t {
     // SAFETY: the reference covers the 16 bytes that are read.

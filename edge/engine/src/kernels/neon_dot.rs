@@ -39,31 +39,38 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 #[target_feature(enable = "neon,dotprod")]
 fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
     let mut sums = [[vdupq_n_s32(0); VECTORS]; POSITIONS];
-    for (v, bias) in row.bias.as_chunks::<4>().0.iter().take(VECTORS).enumerate() {
+    for (v, bias) in row.bias::<4, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
         for sums in &mut sums {
             sums[v] = bias;
         }
     }
-    let n_steps = row.kernel_row_bytes / GEOMETRY.step;
     for kernel_row in 0..row.kernel_rows() {
-        let windows: [[&[[u8; 16]]; 1]; POSITIONS] = row.windows(kernel_row, column);
-        let weights = row.kernel_row_weights(kernel_row).as_chunks::<16>().0;
-        for (step, weights) in (0..n_steps).zip(weights.chunks_exact(4 * VECTORS)) {
-            let activations = windows.map(|[window]| load_offset(&window[step]));
-            add_lane::<VECTORS, 0>(&mut sums, activations, weights);
-            add_lane::<VECTORS, 1>(&mut sums, activations, weights);
-            add_lane::<VECTORS, 2>(&mut sums, activations, weights);
-            add_lane::<VECTORS, 3>(&mut sums, activations, weights);
+        let windows = row.windows::<1, 16>(kernel_row, column);
+        let weights = row
+            .kernel_row_weights(kernel_row)
+            .as_chunks::<16>()
+            .0
+            .as_chunks::<VECTORS>()
+            .0;
+        for (step, [first, second, third, fourth]) in
+            (0..windows.n_steps).zip(weights.as_chunks::<4>().0)
+        {
+            let mut activations = [vdupq_n_s8(0); POSITIONS];
+            for (position, activations) in activations.iter_mut().enumerate() {
+                *activations = load_offset(windows.at(position, 0, step));
+            }
+            add_lane::<VECTORS, 0>(&mut sums, activations, first);
+            add_lane::<VECTORS, 1>(&mut sums, activations, second);
+            add_lane::<VECTORS, 2>(&mut sums, activations, third);
+            add_lane::<VECTORS, 3>(&mut sums, activations, fourth);
         }
     }
-    let pixel = &mut out[column * row.out_stride..][..4 * VECTORS];
-    let [a, b, c, d] = &sums;
-    for (v, (bytes, scale)) in pixel
-        .as_chunks_mut::<4>()
-        .0
+    let [a, b, c, d] = sums;
+    for (v, (bytes, scale)) in row
+        .pixel::<4, VECTORS>(column, out)
         .iter_mut()
-        .zip(row.scale.as_chunks::<4>().0)
+        .zip(row.scale::<4, VECTORS>())
         .enumerate()
     {
         let highest = vmaxq_s32(vmaxq_s32(a[v], b[v]), vmaxq_s32(c[v], d[v]));
@@ -72,19 +79,14 @@ fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) 
 }
 
 /// Four activations of each position, those of lane `LANE`, times their weights.
+#[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn add_lane<const VECTORS: usize, const LANE: i32>(
     sums: &mut [[int32x4_t; VECTORS]; POSITIONS],
     activations: [int8x16_t; POSITIONS],
-    weights: &[[u8; 16]],
+    weights: &[[u8; 16]; VECTORS],
 ) {
-    for (v, weights) in weights
-        .chunks_exact(VECTORS)
-        .skip(LANE.unsigned_abs() as usize)
-        .take(1)
-        .flatten()
-        .enumerate()
-    {
+    for (v, weights) in weights.iter().enumerate() {
         let weights = load_weights(weights);
         for (sums, activations) in sums.iter_mut().zip(activations) {
             sums[v] = sdot_lane::<LANE>(sums[v], weights, activations);
@@ -111,6 +113,7 @@ pub(super) fn dense(activations: &[u8], weights: &[u8], sums: &mut [i32]) {
 }
 
 /// `sum[i] + weights[4 i .. 4 i + 4] . activations[4 LANE .. 4 LANE + 4]` for the four lanes.
+#[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn sdot_lane<const LANE: i32>(
     mut sum: int32x4_t,
@@ -129,6 +132,7 @@ fn sdot_lane<const LANE: i32>(
 }
 
 /// `sum[i] + weights[4 i .. 4 i + 4] . activations[4 i .. 4 i + 4]` for the four lanes.
+#[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn sdot(mut sum: int32x4_t, weights: int8x16_t, activations: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction touches registers only, and this function's target features say that the CPU has it.

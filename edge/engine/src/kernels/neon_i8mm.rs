@@ -17,7 +17,7 @@ use std::arch::aarch64::{
 use std::arch::asm;
 
 use super::neon::{load_i32, load_weights, requantize};
-use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
+use super::{ConvRow, Geometry, WeightFormat, scalar};
 
 /// 4 channels a vector, four vectors a block, eight activations a group, 16 a step.
 pub(super) const GEOMETRY: Geometry = Geometry {
@@ -49,47 +49,52 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
     // Two rows of positions, and for each vector of channels two squares.
     let mut sums: [[[Square; 2]; VECTORS]; 2] = [[[vdupq_n_s32(0); 2]; VECTORS]; 2];
-    let n_steps = row.kernel_row_bytes / GEOMETRY.step;
     for kernel_row in 0..row.kernel_rows() {
-        let windows: [[&[[u8; 16]]; 1]; POSITIONS] = row.windows(kernel_row, column);
-        let weights = row.kernel_row_weights(kernel_row).as_chunks::<16>().0;
-        for (step, weights) in (0..n_steps).zip(weights.chunks_exact(4 * VECTORS)) {
-            let [a, b, c, d] = windows.map(|[window]| load(&window[step]));
-            let (low, high) = weights.split_at(2 * VECTORS);
+        let windows = row.windows::<1, 16>(kernel_row, column);
+        let weights = row
+            .kernel_row_weights(kernel_row)
+            .as_chunks::<32>()
+            .0
+            .as_chunks::<VECTORS>()
+            .0;
+        for (step, [low, high]) in (0..windows.n_steps).zip(weights.as_chunks::<2>().0) {
+            let [a, b] = [load(windows.at(0, 0, step)), load(windows.at(1, 0, step))];
+            let [c, d] = [load(windows.at(2, 0, step)), load(windows.at(3, 0, step))];
             add_group(&mut sums, [low_halves(a, b), low_halves(c, d)], low);
             add_group(&mut sums, [high_halves(a, b), high_halves(c, d)], high);
         }
     }
-    let pixel = &mut out[column * row.out_stride..][..4 * VECTORS];
+    let [top, bottom] = sums;
     let parameters = row
-        .bias
-        .as_chunks::<4>()
-        .0
+        .bias::<4, VECTORS>()
         .iter()
-        .zip(row.scale.as_chunks::<4>().0);
-    let [top, bottom] = &sums;
-    for (v, (bytes, (bias, scale))) in pixel
-        .as_chunks_mut::<4>()
-        .0
+        .zip(row.scale::<4, VECTORS>());
+    for (v, (bytes, (bias, scale))) in row
+        .pixel::<4, VECTORS>(column, out)
         .iter_mut()
         .zip(parameters)
         .enumerate()
     {
-        let [a, b] = [0, 1].map(|pair: usize| vmaxq_s32(top[v][pair], bottom[v][pair]));
-        let [a, b] = [a, b].map(|square| vmax_s32(vget_low_s32(square), vget_high_s32(square)));
+        let [a, b] = [
+            vmaxq_s32(top[v][0], bottom[v][0]),
+            vmaxq_s32(top[v][1], bottom[v][1]),
+        ];
+        let a = vmax_s32(vget_low_s32(a), vget_high_s32(a));
+        let b = vmax_s32(vget_low_s32(b), vget_high_s32(b));
         *bytes = requantize(vaddq_s32(vcombine_s32(a, b), load_i32(bias)), scale);
     }
 }
 
 /// Eight activations of each position times their weights.
+#[inline]
 #[target_feature(enable = "neon,i8mm")]
 fn add_group<const VECTORS: usize>(
     sums: &mut [[[Square; 2]; VECTORS]; 2],
     activations: [uint8x16_t; 2],
-    weights: &[[u8; 16]],
+    weights: &[[u8; 32]; VECTORS],
 ) {
-    for (v, weights) in weights.as_chunks::<2>().0.iter().take(VECTORS).enumerate() {
-        for (pair, weights) in weights.iter().enumerate() {
+    for (v, weights) in weights.iter().enumerate() {
+        for (pair, weights) in weights.as_chunks::<16>().0.iter().take(2).enumerate() {
             let weights = load_weights(weights);
             for (sums, activations) in sums.iter_mut().zip(activations) {
                 sums[v][pair] = usmmla(sums[v][pair], activations, weights);
@@ -113,17 +118,20 @@ pub(super) fn dense(activations: &[u8], weights: &[u8], sums: &mut [i32]) {
 }
 
 /// The first eight bytes of each.
+#[inline]
 #[target_feature(enable = "neon")]
 fn low_halves(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t {
     vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)))
 }
 
 /// The last eight bytes of each.
+#[inline]
 #[target_feature(enable = "neon")]
 fn high_halves(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t {
     vreinterpretq_u8_u64(vzip2q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)))
 }
 
+#[inline]
 #[target_feature(enable = "neon")]
 fn load(bytes: &[u8; 16]) -> uint8x16_t {
     // SAFETY: the reference covers the 16 bytes that are read.
@@ -131,6 +139,7 @@ fn load(bytes: &[u8; 16]) -> uint8x16_t {
 }
 
 /// `sum[2 i + j] + activations[8 i .. 8 i + 8] . weights[8 j .. 8 j + 8]` for i and j of 0 and 1.
+#[inline]
 #[target_feature(enable = "neon,i8mm")]
 fn usmmla(mut sum: Square, activations: uint8x16_t, weights: int8x16_t) -> Square {
     // SAFETY: the instruction touches registers only, and this function's target features say that the CPU has it.
@@ -145,6 +154,7 @@ fn usmmla(mut sum: Square, activations: uint8x16_t, weights: int8x16_t) -> Squar
 }
 
 /// `sum[i] + activations[4 i .. 4 i + 4] . weights[4 i .. 4 i + 4]` for the four lanes.
+#[inline]
 #[target_feature(enable = "neon,i8mm")]
 fn usdot(mut sum: int32x4_t, activations: uint8x16_t, weights: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction touches registers only, and this function's target features say that the CPU has it.
