@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::exit::TABLE;
-use crate::{evaluate, prepare};
+use crate::{evaluate, prepare, train};
 
 /// Trains, evaluates, quantizes and exports a pulmonary embolism classifier.
 #[derive(Debug, Parser)]
@@ -23,6 +23,8 @@ pub enum Command {
     Prepare(prepare::PrepareArgs),
     /// Measure a model on a part of a cache and write the report
     Evaluate(evaluate::EvaluateArgs),
+    /// Train a network on a cache
+    Train(train::TrainArgs),
 }
 
 /// Runs a parsed command line.
@@ -33,6 +35,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
         Some(Command::Prepare(args)) => prepare::run(args),
         Some(Command::Evaluate(args)) => evaluate::run(args),
+        Some(Command::Train(args)) => train::run(args),
         None => Ok(ExitCode::SUCCESS),
     }
 }

@@ -3,6 +3,7 @@
 //! quantize, verify, report.
 
 pub mod architecture;
+pub mod batches;
 pub mod bootstrap;
 pub mod cache;
 pub mod calibrate;
@@ -15,6 +16,7 @@ pub mod exit;
 pub mod export;
 pub mod index;
 pub mod initialise;
+pub mod interrupt;
 pub mod metrics;
 pub mod model_card;
 pub mod network;
@@ -31,3 +33,4 @@ pub mod rsna;
 pub mod source;
 pub mod phantom;
 pub mod split;
+pub mod train;
