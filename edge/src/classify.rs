@@ -16,10 +16,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::fs::OFlags;
+use shared::TENSOR_BYTES;
 use shared::spec::PreprocessSpec;
 
 use crate::cli::ClassifyArgs;
 use crate::exit::{Exit, Failure, failure};
+use crate::heatmap;
 use crate::model::{ReadyModel, micros};
 use crate::report::{self, Answer, ModelWords, SliceResult};
 use crate::series::{SliceRecord, assemble};
@@ -53,6 +55,9 @@ struct Item {
 /// Where the model cannot be used or results cannot be written. What is wrong with an input file is a result, not an error.
 pub(crate) fn run(arguments: &ClassifyArgs, out: &mut dyn Write) -> Result<Exit, Failure> {
     let ready = ReadyModel::load(arguments.model.model.as_deref(), &arguments.model.options())?;
+    if arguments.heatmap.is_some() {
+        can_explain(&ready).map_err(failure(Exit::Configuration))?;
+    }
     for folder in [&arguments.tensors, &arguments.heatmap]
         .into_iter()
         .flatten()
@@ -77,6 +82,15 @@ pub(crate) fn run(arguments: &ClassifyArgs, out: &mut dyn Write) -> Result<Exit,
     })
 }
 
+/// Whether the engine can say where an answer comes from.
+fn can_explain(ready: &ReadyModel) -> anyhow::Result<()> {
+    let mut session = ready.model.session();
+    session.logits(&[0; TENSOR_BYTES], &mut [0.0])?;
+    session.contributions().map(drop).context(
+        "--heatmap: only for int8 models with two dense layers, which run on the engine's own kernels",
+    )
+}
+
 /// The thread that walks and parses. Ends early where the other side is gone.
 fn intake(
     paths: &[PathBuf],
@@ -86,7 +100,7 @@ fn intake(
 ) {
     let mut supervisor = Supervisor::new(command, spec);
     // Broken off is as good as done: nobody listens any more.
-    let _: ControlFlow<()> = walk(paths, &mut |path, found| {
+    match walk(paths, &mut |path, found| {
         let file: Arc<str> = path.to_string_lossy().into();
         let mut intake = FileIntake {
             file,
@@ -103,7 +117,9 @@ fn intake(
             Ok(()) => ControlFlow::Continue(()),
             Err(Stop) => ControlFlow::Break(()),
         }
-    });
+    }) {
+        ControlFlow::Continue(()) | ControlFlow::Break(()) => {}
+    }
 }
 
 /// Opens a regular file of a size that is read; never waits for a pipe's other end.
@@ -161,11 +177,7 @@ impl FileIntake<'_> {
     }
 }
 
-/// Runs the network over what arrives, prints, and judges at the end.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "intake ends when the receiver is dropped, also on an early return"
-)]
+/// Runs the network over what arrives, prints, and judges at the end. Intake ends when this drops the receiver, also early.
 fn analyse(
     arguments: &ClassifyArgs,
     ready: &ReadyModel,
@@ -251,7 +263,9 @@ impl<'a> Network<'a> {
             Ok(tensor) => {
                 record.facts = Some(tensor.facts.clone());
                 let answer = self.run(&tensor.bytes);
-                self.write(&record, &tensor.bytes)?;
+                if answer.is_ok() {
+                    self.write(&record, &tensor.bytes)?;
+                }
                 answer
             }
         };
@@ -294,6 +308,13 @@ impl<'a> Network<'a> {
         if !self.written.insert(name.clone()) {
             return Ok(());
         }
+        if let Some(folder) = &self.arguments.heatmap {
+            let path = folder.join(format!("{name}.png"));
+            self.heat_map(tensor)
+                .and_then(|bytes| Ok(tensor_file::write(&path, &bytes)?))
+                .with_context(|| format!("heat map {}", path.display()))
+                .map_err(failure(Exit::CannotWrite))?;
+        }
         if let Some(folder) = &self.arguments.tensors {
             let path = folder.join(format!("{name}.npy"));
             tensor_file::write(&path, &tensor_file::npy(tensor))
@@ -301,5 +322,14 @@ impl<'a> Network<'a> {
                 .map_err(failure(Exit::CannotWrite))?;
         }
         Ok(())
+    }
+
+    /// The heat map of the slice that was run last.
+    fn heat_map(&self, tensor: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let contributions = self
+            .session
+            .contributions()
+            .context("the network has not been run")?;
+        Ok(heatmap::png(tensor, &contributions)?)
     }
 }

@@ -3,13 +3,14 @@
 //! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with its [`watchdog`]) hands each to the [`worker`] process, where
 //! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
 //! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
-//! them; [`tensor_file`] writes what `--tensors` asks for; [`bench`] measures; [`cli`] and [`exit`] are the outside.
+//! them; [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod classify;
 mod cli;
 mod exit;
+mod heatmap;
 mod model;
 mod report;
 mod series;

@@ -318,23 +318,23 @@ impl Worker {
             .input
             .write_all(&header)
             .and_then(|()| self.input.write_all(payload));
-        self.answered(sent)
+        self.answered(&sent)
     }
 
     fn receive(&mut self) -> Result<(Kind, Vec<u8>), Failure> {
         self.watchdog.arm();
         let mut header = [0; wire::HEADER_BYTES];
         let received = self.output.read_exact(&mut header);
-        self.answered(received)?;
+        self.answered(&received)?;
         let (kind, n_bytes) = wire::parse_header(header).map_err(|_| malformed())?;
         let mut payload = vec![0; n_bytes];
         self.watchdog.arm();
         let received = self.output.read_exact(&mut payload);
-        self.answered(received)?;
+        self.answered(&received)?;
         Ok((kind, payload))
     }
 
-    fn answered(&self, done: io::Result<()>) -> Result<(), Failure> {
+    fn answered(&self, done: &io::Result<()>) -> Result<(), Failure> {
         let has_expired = self.watchdog.disarm();
         match done {
             Ok(()) => Ok(()),

@@ -12,7 +12,7 @@ pub(crate) fn npy(tensor: &[u8]) -> Vec<u8> {
     let mut header = format!(
         "{{'descr': '|u1', 'fortran_order': False, 'shape': ({CHANNELS}, {SIDE}, {SIDE}), }}"
     );
-    while (PREFIX_BYTES + header.len() + 1) % 64 != 0 {
+    while !(PREFIX_BYTES + header.len() + 1).is_multiple_of(64) {
         header.push(' ');
     }
     header.push('\n');

@@ -85,8 +85,8 @@ fn watch(process: Pid, shared: &Shared) {
         if state.armed.is_some_and(|until| until <= now) {
             state.armed = None;
             state.has_expired = true;
-            // It may have ended in this moment: then there is nothing left to kill.
-            let _: rustix::io::Result<()> = kill_process(process, Signal::KILL);
+            // An error means that it has ended in this moment: then there is nothing left to kill.
+            kill_process(process, Signal::KILL).unwrap_or_default();
         }
         state.wakes = state.armed;
         state = match state.armed {

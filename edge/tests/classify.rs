@@ -1,6 +1,7 @@
 //! The contract of `edge classify` and `edge bench`, held by running the built program.
 //!
 //! Files are phantoms, hostile bytes made here, and, where `PE_EDGE_REAL_DATA` names their folder, real ones.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -148,6 +149,20 @@ fn tensors_are_those_of_the_preprocessing() {
         .unwrap();
     assert_eq!(npy.len(), 128 + expected.len());
     assert!(npy[128..] == expected, "the tensors differ");
+}
+
+#[test]
+fn heat_maps_are_pictures_named_by_their_slices() {
+    let folder = study(2, EXPLICIT_LE);
+    let maps = tempfile::tempdir().unwrap();
+    let (exit, lines) = classify(&[folder.path(), Path::new("--heatmap"), maps.path()]);
+    assert_eq!(exit, 0);
+    for slice in of_kind(&lines, "slice") {
+        let sop_uid = slice["sop_uid"].as_str().unwrap();
+        let file = fs::read(maps.path().join(format!("{sop_uid}.png"))).unwrap();
+        assert!(file.starts_with(b"\x89PNG"));
+    }
+    assert_eq!(fs::read_dir(maps.path()).unwrap().count(), 2);
 }
 
 /// A Part 10 file whose data set is `data_set`, in Explicit VR Little Endian.

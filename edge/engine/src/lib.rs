@@ -7,6 +7,7 @@
 //! No file and no socket is opened here; the caller brings the bytes.
 
 mod chain;
+mod contributions;
 mod explain;
 mod graph;
 pub mod kernels;
@@ -15,6 +16,7 @@ mod network;
 mod session;
 mod tract;
 
+pub use contributions::Contributions;
 pub use explain::{Explanation, LayerReport};
 pub use kernels::Kernel;
 pub use model::{LoadError, Model, Options, RunError, Session};

@@ -10,6 +10,7 @@ use shared::manifest::{METADATA_KEY, Manifest, ManifestError};
 use tract_onnx::pb::ModelProto;
 
 use crate::chain::recognise;
+use crate::contributions::Contributions;
 use crate::graph::Graph;
 use crate::kernels::Kernel;
 use crate::network::Network;
@@ -252,5 +253,13 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Where the logit of the latest image comes from.
+    ///
+    /// `None` before the first run, where tract runs the network, and for networks without exactly two dense layers.
+    #[must_use]
+    pub fn contributions(&self) -> Option<Contributions> {
+        self.runner.as_ref()?.contributions()
     }
 }

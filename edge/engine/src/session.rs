@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use shared::quantize::requantize;
 
+use crate::contributions::{Contributions, divide};
 use crate::kernels::{self, ConvRow};
 use crate::network::{Convolution, KERNEL_SIDE, Network};
 
@@ -132,6 +133,31 @@ impl Runner {
         ]);
         self.logit(image);
         self.worker.times.take().unwrap_or_default()
+    }
+
+    /// The logit of the latest image, divided over the last feature map; `None` unless there are exactly two dense layers.
+    pub(crate) fn contributions(&self) -> Option<Contributions> {
+        let network = &self.shared.network;
+        let [hidden, last] = &network.dense[..] else {
+            return None;
+        };
+        let map = network.convolutions.last()?.pooled;
+        let mut features = vec![0; hidden.n_inputs];
+        flatten(&self.shared, &mut features);
+        let activations = self.shared.hidden.first()?;
+        let activations: Vec<u8> = activations
+            .iter()
+            .map(|activation| activation.load(Ordering::Relaxed))
+            .collect();
+        let n_convolutions = network.convolutions.len();
+        Some(divide(
+            hidden,
+            last,
+            &features,
+            &activations,
+            map,
+            n_convolutions,
+        ))
     }
 
     /// Bytes of activations that the session holds, all threads together.
