@@ -30,6 +30,13 @@ mod tests {
             (1.0, 0x3F3B_26A8),
             (-200.0, 0x0000_0000),
             (200.0, 0x3F80_0000),
+            // The exact value, computed with 60 decimal digits and rounded to the nearest f32.
+            (-12.5, 0x367A_172D),
+            (-3.25, 0x3D18_E414),
+            (-0.1, 0x3EF3_35EE),
+            (0.7, 0x3F2B_0E5B),
+            (2.0, 0x3F61_7BEB),
+            (15.0, 0x3F7F_FFFB),
         ] {
             assert_eq!(sigmoid(logit).to_bits(), bits, "{logit}");
         }

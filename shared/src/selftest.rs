@@ -35,6 +35,18 @@ fn split_mix(state: &mut u64) -> u64 {
 mod tests {
     use super::*;
 
+    /// A change of these bytes would fail the self-test of every model file there is.
+    #[test]
+    fn image_keeps_its_bytes() {
+        let mut pixels = alloc::vec![0_u8; TENSOR_BYTES];
+        image(1, &mut pixels);
+        let digest = blake3::hash(&pixels).to_hex();
+        assert_eq!(
+            digest.as_str(),
+            "cb1ae0a7168904693cb63465e5c7c72cc0d87685e2bff0ac204ffd15cb7869e8"
+        );
+    }
+
     #[test]
     fn image_depends_on_the_seed_alone() {
         let mut images = alloc::vec![alloc::vec![0_u8; TENSOR_BYTES]; 3];

@@ -110,6 +110,13 @@ mod tests {
     }
 
     #[test]
+    fn json_is_checked_like_text() {
+        let uid: Uid = serde_json::from_str("\"1.2.3\"").unwrap();
+        assert_eq!(serde_json::to_string(&uid).unwrap(), "\"1.2.3\"");
+        assert!(serde_json::from_str::<Uid>("\"1.2.x\"").is_err());
+    }
+
+    #[test]
     fn malformed_uids_are_refused_with_the_reason() {
         assert_eq!(Uid::new(" \0"), Err(UidError::Empty));
         assert_eq!(Uid::new("1..2"), Err(UidError::EmptyComponent));

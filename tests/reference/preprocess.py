@@ -3,7 +3,7 @@
 Written from the recipe in docs, not from the Rust code, and meant to be read beside it. Four commands:
 
     preprocess.py cases [--write]              the synthetic cases of preprocess-cases.csv: digests agree (or are written)
-    preprocess.py digest FILE.dcm...           prints the digest of each frame's tensor
+    preprocess.py digest PATH...               prints `digest,SOP Instance UID,frame,file` of each frame's tensor
     preprocess.py compare TENSORS PATH...      every tensor of `edge classify --tensors TENSORS PATH...` against this one
     preprocess.py time                         how long numpy and scipy take for the slice of `cargo bench -p shared`
 
@@ -272,7 +272,7 @@ def dicom_files(paths):
 def run_digest(paths):
     for path in dicom_files(paths):
         for sop_uid, frame, image in frames(path):
-            print(digest(tensor(image)), sop_uid, frame or "-", path)
+            print(digest(tensor(image)), sop_uid, frame or "", path.name, sep=",")
     return 0
 
 
