@@ -40,7 +40,7 @@ impl Window {
 
     /// Windowed value of `hu`: `trunc(((clamp(hu, lo, hi) - lo) x 255) / (hi - lo))`, in f64, 0..=255.
     ///
-    /// This is LINEAR_EXACT (PS3.3 C.11.2.1.3.2) with truncation, not LINEAR (which uses width - 1 and level - 0.5).
+    /// Without meaning, but no panic, where [`Window::is_usable`] says no. This is LINEAR_EXACT (PS3.3 C.11.2.1.3.2) with truncation, not LINEAR (which uses width - 1 and level - 0.5).
     #[must_use]
     #[expect(
         clippy::cast_possible_truncation,
@@ -49,7 +49,7 @@ impl Window {
     )]
     pub fn apply(&self, hu: f64) -> u8 {
         let (low, high) = self.bounds_hu();
-        (((hu.clamp(low, high) - low) * 255.0) / (high - low)) as u8
+        (((hu.max(low).min(high) - low) * 255.0) / (high - low)) as u8
     }
 
     /// Whether the numbers make a window: finite, width greater than 0, bounds that differ.
@@ -70,6 +70,19 @@ mod tests {
         assert_eq!(LUNG.apply(-5000.0), 0);
         assert_eq!(LUNG.apply(150.0), 255);
         assert_eq!(LUNG.apply(5000.0), 255);
+    }
+
+    #[test]
+    fn no_window_panics() {
+        for width_hu in [-1.0, 0.0, f64::NAN, f64::INFINITY] {
+            let window = Window {
+                level_hu: 0.0,
+                width_hu,
+            };
+            assert!(!window.is_usable());
+            window.apply(5.0);
+        }
+        LUNG.apply(f64::NAN);
     }
 
     #[test]
