@@ -22,6 +22,7 @@ use shared::spec::PreprocessSpec;
 use crate::cli::ClassifyArgs;
 use crate::exit::{Exit, Failure, failure};
 use crate::heatmap;
+use crate::launch::launch;
 use crate::model::{ReadyModel, micros};
 use crate::report::{self, Answer, ModelWords, SliceResult};
 use crate::series::{SliceRecord, assemble};
@@ -66,11 +67,11 @@ pub(crate) fn run(arguments: &ClassifyArgs, out: &mut dyn Write) -> Result<Exit,
             .with_context(|| format!("folder {}", folder.display()))
             .map_err(failure(Exit::CannotWrite))?;
     }
-    let program = std::env::current_exe()
+    let launch = launch()
         .context("the program's own path")
         .map_err(failure(Exit::FailedCheck))?;
     let command = WorkerCommand {
-        program,
+        launch,
         arguments: vec![crate::cli::WORKER_COMMAND.into()],
         deadline: WORKER_DEADLINE,
     };

@@ -1,6 +1,6 @@
 //! The command line beside a CT console: DICOM in, a probability of pulmonary embolism out. Research use only.
 //!
-//! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with its [`watchdog`]) hands each to the [`worker`] process, where
+//! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process, where
 //! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
 //! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
 //! them; [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
@@ -11,6 +11,7 @@ mod classify;
 mod cli;
 mod exit;
 mod heatmap;
+mod launch;
 mod model;
 mod report;
 mod series;

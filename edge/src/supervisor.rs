@@ -9,7 +9,6 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use rustix::process::Pid;
 use shared::TENSOR_BYTES;
 use shared::spec::PreprocessSpec;
 
+use crate::launch::Launch;
 use crate::watchdog::Watchdog;
 use crate::wire::{self, CHUNK_BYTES, Kind, ObjectFacts, Reason, SliceFacts};
 
@@ -29,7 +29,7 @@ const MAX_ATTEMPTS: usize = 2;
 #[derive(Clone, Debug)]
 pub(crate) struct WorkerCommand {
     /// The program.
-    pub(crate) program: PathBuf,
+    pub(crate) launch: Launch,
     /// Its arguments.
     pub(crate) arguments: Vec<OsString>,
     /// Longest silence while a chunk, an object's facts or a frame is waited for.
@@ -255,12 +255,13 @@ impl Worker {
     fn start(command: &WorkerCommand) -> Result<Self, Failure> {
         let cannot_start =
             |error: io::Error| Failure::Worker(format!("cannot be started: {error}"));
-        let mut child = Command::new(&command.program)
+        let mut child = Command::new(&command.launch.program)
+            .args(&command.launch.arguments)
             .args(&command.arguments)
             .env_clear()
+            .envs(command.launch.environment.iter().cloned())
             // One heap: a second one would reserve address space that the limit counts.
             .env("MALLOC_ARENA_MAX", "1")
-            .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -360,10 +361,18 @@ fn silent() -> Failure {
 mod tests {
     use super::*;
 
+    fn program(path: &str) -> Launch {
+        Launch {
+            program: path.into(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
     /// The codes of what comes out when the worker is a shell script.
     fn outcome(script: &str) -> (Vec<String>, u64) {
         let command = WorkerCommand {
-            program: "/bin/sh".into(),
+            launch: program("/bin/sh"),
             arguments: vec!["-c".into(), script.into()],
             deadline: Duration::from_millis(200),
         };
@@ -442,7 +451,7 @@ mod tests {
     #[test]
     fn a_program_that_cannot_be_started_is_a_reason() {
         let command = WorkerCommand {
-            program: "/nonexistent/worker".into(),
+            launch: program("/nonexistent/worker"),
             arguments: Vec::new(),
             deadline: Duration::from_millis(200),
         };

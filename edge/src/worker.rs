@@ -17,9 +17,9 @@ use shared::spec::PreprocessSpec;
 use crate::wire::{self, Kind, ObjectFacts, Reason, SliceFacts};
 
 /// Most bytes of an object.
-pub(crate) const MAX_OBJECT_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_OBJECT_BYTES: u64 = 144 << 20;
 /// Address space of the worker in bytes: the object, one frame of it, a decoder's buffers, the program itself.
-pub(crate) const ADDRESS_SPACE_BYTES: u64 = 232 << 20;
+pub(crate) const ADDRESS_SPACE_BYTES: u64 = 272 << 20;
 /// Stack of the parsing thread in bytes.
 pub(crate) const STACK_BYTES: usize = 2 << 20;
 /// Processor time of one worker in seconds; one that has used it up is replaced. A single object is bounded by the supervisor's deadline.
