@@ -72,22 +72,20 @@ fn refuse<T>(node: &str, reason: &'static str) -> Result<T, NotAChain> {
 ///
 /// [`NotAChain`] with the first node that does not fit.
 pub(crate) fn recognise(graph: &Graph<'_>) -> Result<Chain, NotAChain> {
-    let Some((image, Some(DataType::Uint8), shape)) = graph.image_input() else {
-        return refuse("input", "not one u8 input");
+    let Some(input) = graph.image_input() else {
+        return refuse("input", "not one input");
     };
-    let (Some(channels), Some(rows), Some(columns)) =
-        (size(&shape, 1), size(&shape, 2), size(&shape, 3))
-    else {
-        return refuse(image, "image dimensions are not fixed");
+    let Some(image) = input.image() else {
+        return refuse(input.name, "not u8 of fixed channels, rows and columns");
     };
     let mut walk = Walk {
         graph,
-        value: image,
+        value: input.name,
         scale: None,
     };
     walk.dequantize()?;
     let mut chain = Chain {
-        image: [channels, rows, columns],
+        image,
         convolutions: Vec::new(),
         dense: Vec::new(),
     };
@@ -114,15 +112,6 @@ pub(crate) fn recognise(graph: &Graph<'_>) -> Result<Chain, NotAChain> {
     }
     walk.finish()?;
     Ok(chain)
-}
-
-fn size(shape: &[Option<i64>], axis: usize) -> Option<usize> {
-    shape
-        .get(axis)
-        .copied()
-        .flatten()
-        .and_then(|n| usize::try_from(n).ok())
-        .filter(|&n| n > 0)
 }
 
 /// A position in the graph: the value that the next node reads.

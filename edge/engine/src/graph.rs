@@ -8,7 +8,30 @@
 
 use std::collections::HashMap;
 
-use tract_onnx::pb::{GraphProto, NodeProto, TensorProto, tensor_proto::DataType};
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::tensor_shape_proto::{self, dimension};
+use tract_onnx::pb::{GraphProto, NodeProto, TensorProto, type_proto};
+
+/// The graph input that takes the images.
+#[derive(Debug)]
+pub(crate) struct ImageInput<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) element: DataType,
+    /// Fixed dimensions; `None` where free or out of range.
+    pub(crate) dimensions: Vec<Option<usize>>,
+}
+
+impl ImageInput<'_> {
+    /// Channels, rows and columns of one image, where the input is u8 and they are fixed.
+    pub(crate) fn image(&self) -> Option<[usize; 3]> {
+        match (self.element, self.dimensions.as_slice()) {
+            (DataType::Uint8, &[_, Some(channels), Some(rows), Some(columns)]) => {
+                Some([channels, rows, columns])
+            }
+            _ => None,
+        }
+    }
+}
 
 /// A graph, indexed by value name.
 #[derive(Debug)]
@@ -45,37 +68,34 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// The one graph input that is no constant, and its element type and fixed dimensions (`None`: free).
-    pub(crate) fn image_input(&self) -> Option<(&'a str, Option<DataType>, Vec<Option<i64>>)> {
-        use tract_onnx::pb::{tensor_shape_proto::dimension, type_proto};
+    /// The one graph input that is no constant.
+    pub(crate) fn image_input(&self) -> Option<ImageInput<'a>> {
+        let is_constant = |name: &str| self.constants.contains_key(name);
         let mut inputs = self
             .proto
             .input
             .iter()
-            .filter(|input| !self.constants.contains_key(input.name.as_str()));
+            .filter(|input| !is_constant(&input.name));
         let (Some(input), None) = (inputs.next(), inputs.next()) else {
             return None;
         };
-        let Some(type_proto::Value::TensorType(tensor)) = input.r#type.as_ref()?.value.as_ref()
-        else {
+        let Some(type_proto::Value::TensorType(tensor)) = &input.r#type.as_ref()?.value else {
             return None;
         };
-        let dimensions = tensor.shape.as_ref().map(|shape| {
-            let fixed = |value: &Option<dimension::Value>| match value {
-                Some(dimension::Value::DimValue(value)) => Some(*value),
-                _ => None,
-            };
-            shape
-                .dim
+        let fixed = |dimension: &tensor_shape_proto::Dimension| match dimension.value {
+            Some(dimension::Value::DimValue(n)) => usize::try_from(n).ok().filter(|&n| n > 0),
+            _ => None,
+        };
+        Some(ImageInput {
+            name: &input.name,
+            element: DataType::try_from(tensor.elem_type).ok()?,
+            dimensions: tensor
+                .shape
                 .iter()
-                .map(|dimension| fixed(&dimension.value))
-                .collect()
-        });
-        Some((
-            &input.name,
-            DataType::try_from(tensor.elem_type).ok(),
-            dimensions.unwrap_or_default(),
-        ))
+                .flat_map(|shape| &shape.dim)
+                .map(fixed)
+                .collect(),
+        })
     }
 
     /// Names of the graph's outputs.

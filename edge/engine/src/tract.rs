@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use tract_onnx::pb::tensor_shape_proto::dimension;
-use tract_onnx::pb::{ModelProto, tensor_proto::DataType, type_proto};
+use tract_onnx::pb::{ModelProto, type_proto};
 use tract_onnx::prelude::{
     Datum, Framework, InferenceFact, InferenceModelExt, IntoRunnable, Tensor, TractError,
     TypedRunnableModel, tvec,
@@ -39,18 +39,11 @@ impl TractModel {
             .as_ref()
             .ok_or_else(|| TractError::msg("the file has no graph"))?;
         let graph = Graph::new(graph);
-        let Some((_, Some(DataType::Uint8), dimensions)) = graph.image_input() else {
-            return Err(TractError::msg("the graph has not one u8 input"));
-        };
-        let fixed = |axis: usize| {
-            dimensions
-                .get(axis)
-                .copied()
-                .flatten()
-                .and_then(|n| usize::try_from(n).ok())
-        };
-        let (Some(channels), Some(rows), Some(columns)) = (fixed(1), fixed(2), fixed(3)) else {
-            return Err(TractError::msg("the image's dimensions are not fixed"));
+        let image = graph.image_input().and_then(|input| input.image());
+        let Some([channels, rows, columns]) = image else {
+            return Err(TractError::msg(
+                "the graph has not one u8 input of fixed channels, rows and columns",
+            ));
         };
         let shape = [1, channels, rows, columns];
         let logit = graph.outputs().position(|name| name == LOGIT).unwrap_or(0);

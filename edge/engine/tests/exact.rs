@@ -6,6 +6,7 @@
     clippy::cast_sign_loss,
     reason = "the reference arithmetic of the test"
 )]
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 mod model_file;
 

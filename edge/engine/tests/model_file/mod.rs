@@ -1,5 +1,6 @@
 //! Writes quantized ONNX files of the form of `trainer quantize`, and computes their logits the slow way.
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 use prost::Message as _;
 use tract_onnx::pb::{

@@ -1,0 +1,106 @@
+//! Files outside the domain in which all kernels agree are refused by name.
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "the reference arithmetic of the test"
+)]
+
+mod model_file;
+
+use engine::{Kernel, LoadError, Model, Options, RunError};
+use model_file::{Network, Random};
+
+const IMAGE: [usize; 3] = [3, 22, 22];
+
+fn network() -> Network {
+    Network::random(21, IMAGE, &[8, 4], &[4, 1])
+}
+
+fn load(network: &Network) -> Result<Model, LoadError> {
+    Model::load(&network.file(), &Options::default())
+}
+
+#[test]
+fn a_weight_of_minus_128_is_refused() {
+    let mut network = network();
+    network.convolutions[1].weights[5] = -128;
+    assert!(matches!(load(&network), Err(LoadError::Weight { .. })));
+}
+
+#[test]
+fn an_accumulator_that_could_overflow_is_refused_with_its_channel() {
+    let mut network = network();
+    network.dense[0].bias[2] = i32::MAX;
+    assert!(matches!(
+        load(&network),
+        Err(LoadError::Overflow { channel: 2, .. })
+    ));
+}
+
+#[test]
+fn bytes_that_are_no_onnx_are_refused() {
+    assert!(matches!(
+        Model::load(b"\xff\xff\xff", &Options::default()),
+        Err(LoadError::Onnx(_))
+    ));
+    assert!(Model::load(b"", &Options::default()).is_err());
+}
+
+#[test]
+fn every_truncation_of_a_file_is_an_error_or_another_model_but_no_panic() {
+    let file = network().file();
+    for n in (0..file.len()).step_by(file.len() / 40) {
+        drop(Model::load(&file[..n], &Options::default()));
+    }
+}
+
+#[test]
+fn options_out_of_range_are_refused() {
+    let file = network().file();
+    for threads in [0, 65] {
+        let options = Options {
+            kernel: None,
+            threads,
+        };
+        assert!(matches!(Model::load(&file, &options), Err(LoadError::Threads(n)) if n == threads));
+    }
+    let absent = Kernel::ALL
+        .into_iter()
+        .find(|kernel| !kernel.is_available());
+    let options = Options {
+        kernel: absent,
+        threads: 1,
+    };
+    assert!(
+        matches!(Model::load(&file, &options), Err(LoadError::Kernel(kernel)) if Some(kernel) == absent)
+    );
+}
+
+#[test]
+fn images_of_another_length_are_refused() {
+    let model = load(&network()).unwrap();
+    let images = Random::new(1).bytes(100);
+    assert!(matches!(
+        model.session().logits(&images, &mut [0.0]),
+        Err(RunError::Length { .. })
+    ));
+    assert!(model.session().logits(&[], &mut []).is_ok());
+}
+
+#[test]
+fn a_graph_with_an_unknown_operator_is_refused() {
+    let network = network();
+    let mut file = network.file();
+    // Not our chain, so tract takes over, which knows no such operator either.
+    let position = file
+        .windows(7)
+        .position(|bytes| bytes == b"MaxPool")
+        .unwrap();
+    file[position..position + 7].copy_from_slice(b"MaxPoll");
+    assert!(matches!(
+        Model::load(&file, &Options::default()),
+        Err(LoadError::Tract(_)) | Err(LoadError::Onnx(_))
+    ));
+}
