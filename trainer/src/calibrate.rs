@@ -19,7 +19,7 @@ const LEVELS: f64 = 255.0;
 const PERCENTILES: [f64; 3] = [0.999, 0.9999, 0.99999];
 
 /// How an interval was found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// Smallest and largest value seen.

@@ -7,10 +7,22 @@
 //! [`shared::manifest::METADATA_KEY`]. Making the file smaller and faster is [`crate::quantize`]'s.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
-use crate::architecture::{Architecture, Family, pooled_side};
+use anyhow::{Context as _, ensure};
+use safetensors::tensor::{Dtype, SafeTensors};
+use serde::Serialize;
+use shared::manifest::{
+    DataKind, FORMAT_VERSION, METADATA_KEY, Manifest, Output, Precision, TrainingData, Validation,
+};
+use shared::spec::PreprocessSpec;
+
+use crate::architecture::{self, Architecture, Family, pooled_side};
+use crate::cache::write_atomically;
+use crate::exit::{Exit, fault};
 use crate::onnx::{
-    DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
+    self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
 
 /// Name of the input, u8 `[N, 3, 256, 256]`.
@@ -316,4 +328,248 @@ pub fn random_weights(
         .into_iter()
         .map(of_shape)
         .collect())
+}
+
+/// Arguments of `trainer export`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  trainer export --run runs/demo --out model.onnx\n  trainer export --random-init --model final --width 0.125 --seed 1 --out random.onnx\n\n\
+    Research use only, not a medical device."
+)]
+pub struct ExportArgs {
+    /// Run folder: its model.safetensors, and its manifest.json where there is one.
+    #[arg(
+        long,
+        required_unless_present = "random_init",
+        conflicts_with = "random_init"
+    )]
+    pub run: Option<PathBuf>,
+    /// Random weights instead of a run.
+    #[arg(long, requires = "model")]
+    pub random_init: bool,
+    /// Architecture of the random weights.
+    #[arg(long, conflicts_with = "run")]
+    pub model: Option<String>,
+    /// Factor on the units of every convolution and hidden dense layer of the random weights.
+    #[arg(long, default_value_t = 1.0)]
+    pub width: f64,
+    /// Seed of the random weights.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// The ONNX file to write.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Print one JSON object on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `trainer export` says of the file.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExportReport {
+    /// The file.
+    pub file: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Architecture.
+    pub architecture: String,
+    /// Width factor.
+    pub width: f64,
+    /// Number of weights and biases.
+    pub n_parameters: u64,
+    /// [`shared::RESEARCH_USE`].
+    pub notice: &'static str,
+}
+
+/// Runs `trainer export`.
+///
+/// # Errors
+///
+/// Where the weights cannot be read, do not fit their architecture, or the file cannot be written.
+pub fn run(args: &ExportArgs) -> anyhow::Result<Exit> {
+    let (architecture, width, weights, manifest) = match (&args.run, &args.model) {
+        (Some(run), _) => {
+            let (architecture, width, weights) = read_weights(&run.join("model.safetensors"))?;
+            (
+                architecture,
+                width,
+                weights,
+                run_manifest(run, architecture, width)?,
+            )
+        }
+        (None, model) => {
+            let name = model.as_deref().unwrap_or_default();
+            let architecture = architecture::find(name)
+                .ok_or_else(|| fault(Exit::Usage, format!("unknown model {name:?}")))?;
+            let weights = random_weights(architecture, args.width, args.seed)?;
+            (
+                architecture,
+                args.width,
+                weights,
+                new_manifest(architecture, args.width),
+            )
+        }
+    };
+    let n_parameters = weights
+        .values()
+        .map(|weight| weight.values.len() as u64)
+        .sum();
+    let bytes = float_file(architecture, width, &weights, &manifest)?;
+    write_file(&args.out, &bytes)?;
+    let report = ExportReport {
+        file: args.out.clone(),
+        bytes: bytes.len() as u64,
+        architecture: architecture.name.to_owned(),
+        width,
+        n_parameters,
+        notice: shared::RESEARCH_USE,
+    };
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        writeln!(stdout, "{}", serde_json::to_string(&report)?)?;
+    } else {
+        writeln!(
+            stdout,
+            "{}: {} at width {width}, {n_parameters} parameters, {} bytes",
+            args.out.display(),
+            architecture.name,
+            bytes.len()
+        )?;
+        writeln!(stdout, "{}", shared::RESEARCH_USE)?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Writes the weights of the safetensors file `weights` as f32 ONNX file `out`, with `manifest`.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn export(weights: &Path, manifest: &Manifest, out: &Path) -> anyhow::Result<()> {
+    let (architecture, width, weights) = read_weights(weights)?;
+    write_file(out, &float_file(architecture, width, &weights, manifest)?)
+}
+
+/// The bytes of an f32 file.
+///
+/// # Errors
+///
+/// [`ExportError`] where the weights do not fit the architecture.
+pub fn float_file(
+    architecture: &Architecture,
+    width: f64,
+    weights: &Weights,
+    manifest: &Manifest,
+) -> Result<Vec<u8>, ExportError> {
+    let mut model = float_model(architecture, width, weights)?;
+    model.doc_string = shared::RESEARCH_USE.to_owned();
+    let manifest = Manifest {
+        precision: Precision::Float32,
+        self_test: Vec::new(),
+        ..manifest.clone()
+    };
+    model.set_metadata(METADATA_KEY, manifest.to_json());
+    Ok(onnx::write(&model)?)
+}
+
+/// Architecture, width and weights of a safetensors file of ours.
+///
+/// # Errors
+///
+/// Where the file cannot be read, names no architecture of ours or holds something else than f32.
+pub fn read_weights(path: &Path) -> anyhow::Result<(&'static Architecture, f64, Weights)> {
+    let bytes =
+        std::fs::read(path).with_context(|| format!("reading weights {}", path.display()))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)
+        .with_context(|| format!("reading weights {}", path.display()))?;
+    let metadata = header.metadata().clone().unwrap_or_default();
+    let name = metadata
+        .get("architecture")
+        .context("the weights name no architecture")?;
+    let architecture = architecture::find(name)
+        .with_context(|| format!("the weights are of the unknown architecture {name:?}"))?;
+    let width: f64 = metadata
+        .get("width")
+        .context("the weights name no width")?
+        .parse()
+        .context("reading the width of the weights")?;
+    let mut weights = Weights::new();
+    for (name, view) in SafeTensors::deserialize(&bytes)?.tensors() {
+        ensure!(
+            view.dtype() == Dtype::F32,
+            "{name} is {:?}, expected F32",
+            view.dtype()
+        );
+        let values = view
+            .data()
+            .as_chunks()
+            .0
+            .iter()
+            .map(|&value| f32::from_le_bytes(value))
+            .collect();
+        weights.insert(
+            name,
+            Weight {
+                shape: view.shape().to_vec(),
+                values,
+            },
+        );
+    }
+    Ok((architecture, width, weights))
+}
+
+/// A manifest that claims nothing: no training data, no metrics, no operating point.
+#[must_use]
+pub fn new_manifest(architecture: &Architecture, width: f64) -> Manifest {
+    let output = |name: &str, meaning: &str| Output {
+        name: name.to_owned(),
+        meaning: meaning.to_owned(),
+    };
+    Manifest {
+        format_version: FORMAT_VERSION,
+        preprocess: PreprocessSpec::default(),
+        architecture: architecture.name.to_owned(),
+        width,
+        precision: Precision::Float32,
+        training_data: TrainingData {
+            kind: DataKind::None,
+            digest: String::new(),
+            n_studies: 0,
+            n_slices: 0,
+        },
+        outputs: vec![
+            output(LOGIT, "pulmonary embolism present on the slice, as logit"),
+            output(
+                PROBABILITY,
+                "sigmoid of the logit, not refitted by the temperature",
+            ),
+        ],
+        metrics: Vec::new(),
+        operating_points: Vec::new(),
+        validation: Validation::Unvalidated,
+        temperature: None,
+        study_rule: None,
+        self_test: Vec::new(),
+        tools: BTreeMap::from([("trainer".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]),
+    }
+}
+
+fn run_manifest(run: &Path, architecture: &Architecture, width: f64) -> anyhow::Result<Manifest> {
+    let path = run.join("manifest.json");
+    if !path.exists() {
+        return Ok(new_manifest(architecture, width));
+    }
+    let text =
+        std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    Manifest::from_json(&text).with_context(|| format!("reading {}", path.display()))
+}
+
+/// Writes a file whole or not at all.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    write_atomically(path, bytes).map_err(|error| {
+        fault(
+            Exit::CannotWrite,
+            format!("writing {}: {error:#}", path.display()),
+        )
+    })
 }

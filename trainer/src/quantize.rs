@@ -9,17 +9,26 @@
 //! and leaves biases alone. Whether the result is good enough is [`crate::verify`]'s question.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+use std::path::PathBuf;
 
+use anyhow::{Context as _, ensure};
 use rayon::prelude::*;
 use serde::Serialize;
+use shared::manifest::{METADATA_KEY, Manifest, Precision, SelfTest, Validation};
 
+use crate::cache::Cache;
 use crate::calibrate::{self, Method, Observation, Range};
 use crate::execute::{ExecuteError, FloatGraph, Tensor};
-use crate::export::{IMAGE, IMAGE_SCALE, LOGIT};
+use crate::exit::Exit;
+use crate::export::{IMAGE, IMAGE_SCALE, LOGIT, write_file};
+use crate::index::Part;
 use crate::onnx::{
-    DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
+    self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
 
+/// Images of the self-test that the manifest states.
+const SELF_TESTS: usize = 3;
 /// Largest factor by which equalisation moves a channel.
 const MAX_EQUALISATION: f32 = 64.0;
 
@@ -62,6 +71,8 @@ pub struct Options {
     pub profile: Profile,
     /// One method for every tensor; `None` tries all and takes for each tensor the one with the smallest error of the logit.
     pub method: Option<Method>,
+    /// Training slices to calibrate on, half of them positive.
+    pub n_calibration: usize,
     /// Images, the last ones of those given, on which errors of the logit are compared and biases corrected.
     pub n_selection: usize,
     /// Cross-layer equalisation.
@@ -1160,4 +1171,232 @@ fn to_i32(value: f32, scale: f32) -> Option<i32> {
         reason = "the range is checked in the same line"
     )]
     (integer.abs() <= f64::from(i32::MAX)).then_some(integer as i32)
+}
+
+/// Arguments of `trainer quantize`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  trainer quantize --model model.onnx --data cache --out model-int8.onnx\n  \
+    trainer quantize --model model.onnx --data cache --out model-trt.onnx --profile tensorrt\n\n\
+    Research use only, not a medical device."
+)]
+pub struct QuantizeArgs {
+    /// The f32 file of `trainer export`.
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Cache whose training part calibrates; without it the self-test's images do, which is good enough for random weights alone.
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// The int8 file to write.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// For whom the file is.
+    #[arg(long, value_enum, default_value_t = Profile::Standard)]
+    pub profile: Profile,
+    /// One method for every tensor; without it each tensor gets the one with the smallest error of the logit.
+    #[arg(long, value_enum)]
+    pub method: Option<Method>,
+    /// Training slices, half of them positive, on which ranges are observed.
+    #[arg(long, default_value_t = 256)]
+    pub calibration_slices: usize,
+    /// Of these, slices on which errors are compared and biases corrected.
+    #[arg(long, default_value_t = 16)]
+    pub selection_slices: usize,
+    /// Cross-layer equalisation.
+    #[arg(long, value_enum, default_value_t = Choice::Auto)]
+    pub equalise: Choice,
+    /// Bias correction.
+    #[arg(long, value_enum, default_value_t = Choice::Auto)]
+    pub correct_bias: Choice,
+    /// Print one JSON object on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            profile: Profile::Standard,
+            method: None,
+            n_calibration: 256,
+            n_selection: 16,
+            equalise: Choice::Auto,
+            correct_bias: Choice::Auto,
+        }
+    }
+}
+
+/// Runs `trainer quantize`.
+///
+/// # Errors
+///
+/// Where a file cannot be read, is no f32 file of ours, or cannot be written.
+pub fn run(args: &QuantizeArgs) -> anyhow::Result<Exit> {
+    let options = Options {
+        profile: args.profile,
+        method: args.method,
+        n_calibration: args.calibration_slices,
+        n_selection: args.selection_slices,
+        equalise: args.equalise,
+        correct_bias: args.correct_bias,
+    };
+    let float =
+        std::fs::read(&args.model).with_context(|| format!("reading {}", args.model.display()))?;
+    let (bytes, report) = match &args.data {
+        Some(folder) => quantize(&float, &Cache::open(folder)?, &options)?,
+        None => {
+            let images = self_test_images(options.n_calibration.min(16));
+            let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+            quantize_file(&float, &images, &options)?
+        }
+    };
+    write_file(&args.out, &bytes)?;
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        let object = serde_json::json!({
+            "file": args.out, "bytes": bytes.len(), "float_bytes": float.len(), "report": report, "notice": shared::RESEARCH_USE,
+        });
+        writeln!(stdout, "{object}")?;
+        return Ok(Exit::Ok);
+    }
+    for tensor in &report.tensors {
+        let Range { low, high } = tensor.range;
+        writeln!(
+            stdout,
+            "{:<24} {:<10} {low:>10.4} to {high:>10.4}",
+            tensor.tensor,
+            format!("{:?}", tensor.method)
+        )?;
+    }
+    for trial in &report.tried {
+        let (equalised, corrected) = (trial.is_equalised, trial.is_bias_corrected);
+        writeln!(
+            stdout,
+            "logit RMSE {:.6} (equalised: {equalised}, biases corrected: {corrected})",
+            trial.logit_rmse
+        )?;
+    }
+    let (n, m) = (report.n_calibration, report.n_selection);
+    writeln!(
+        stdout,
+        "{}: {} bytes ({} as f32), calibrated on {n} slices, compared on {m}",
+        args.out.display(),
+        bytes.len(),
+        float.len()
+    )?;
+    writeln!(stdout, "{}", shared::RESEARCH_USE)?;
+    Ok(Exit::Ok)
+}
+
+/// Quantizes the f32 file `float`, calibrated on the training part of `cache`, and states the self-test's logits in its manifest.
+///
+/// # Errors
+///
+/// Where the file is no f32 file of ours, its graph cannot be quantized, or the cache has no training slices.
+pub fn quantize(
+    float: &[u8],
+    cache: &Cache,
+    options: &Options,
+) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
+    let rows = calibration_rows(cache, options.n_calibration);
+    let images: Vec<&[u8]> = rows.into_iter().map(|row| cache.tensor(row)).collect();
+    quantize_file(float, &images, options)
+}
+
+/// The same on given images, each u8 `[3, 256, 256]`.
+///
+/// # Errors
+///
+/// As [`quantize`].
+pub fn quantize_file(
+    float: &[u8],
+    images: &[&[u8]],
+    options: &Options,
+) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
+    let model = onnx::read(float)?;
+    let manifest = Manifest::from_json(
+        model
+            .metadata(METADATA_KEY)
+            .context("the file has no pe.manifest")?,
+    )?;
+    ensure!(
+        manifest.precision == Precision::Float32,
+        "the file is quantized already"
+    );
+    let (mut quantized, report) = quantize_model(&model, images, options, &|| {})?;
+    drop(model);
+    let mut manifest = Manifest {
+        precision: Precision::Int8,
+        validation: Validation::Unvalidated,
+        self_test: Vec::new(),
+        ..manifest
+    };
+    manifest
+        .tools
+        .insert("quantizer".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
+    manifest.tools.insert(
+        "calibration_slices".to_owned(),
+        report.n_calibration.to_string(),
+    );
+    if options.profile == Profile::Tensorrt {
+        manifest
+            .tools
+            .insert("profile".to_owned(), "tensorrt".to_owned());
+    }
+    quantized.set_metadata(METADATA_KEY, manifest.to_json());
+    if options.profile == Profile::Standard {
+        manifest.self_test = self_test(&onnx::write(&quantized)?)?;
+        quantized.set_metadata(METADATA_KEY, manifest.to_json());
+    }
+    Ok((onnx::write(&quantized)?, report))
+}
+
+/// The logits that the scalar kernel, which is the definition, gives on the self-test's images.
+fn self_test(int8: &[u8]) -> anyhow::Result<Vec<SelfTest>> {
+    let options = engine::Options {
+        kernel: Some(engine::Kernel::Scalar),
+        threads: rayon::current_num_threads(),
+    };
+    let model = engine::Model::load(int8, &options).context("loading the quantized file")?;
+    let mut session = model.session();
+    let mut entries = Vec::new();
+    for (seed, image) in (1..).zip(self_test_images(SELF_TESTS)) {
+        let mut logit = [0.0];
+        session.logits(&image, &mut logit)?;
+        entries.push(SelfTest {
+            seed,
+            logit_bits: logit[0].to_bits(),
+        });
+    }
+    Ok(entries)
+}
+
+/// Images of the seeds 1 to `n`.
+fn self_test_images(n: usize) -> Vec<Vec<u8>> {
+    let of_seed = |(seed, _)| {
+        let mut image = vec![0; shared::TENSOR_BYTES];
+        shared::selftest::image(seed, &mut image);
+        image
+    };
+    (1..).zip(0..n).map(of_seed).collect()
+}
+
+/// Rows of the training part, positive and negative in turn, each class evenly spread over the part.
+fn calibration_rows(cache: &Cache, n: usize) -> Vec<usize> {
+    let (positive, negative): (Vec<usize>, Vec<usize>) = cache
+        .part(Part::Train)
+        .into_iter()
+        .partition(|&row| cache.rows()[row].pe_present);
+    let spread = |rows: &[usize], n: usize| -> Vec<usize> {
+        let n = n.min(rows.len());
+        (0..n).map(|index| rows[index * rows.len() / n]).collect()
+    };
+    let positive = spread(&positive, n.div_ceil(2));
+    let negative = spread(&negative, n - positive.len());
+    let mut rows = Vec::with_capacity(n);
+    for index in 0..positive.len().max(negative.len()) {
+        rows.extend(positive.get(index));
+        rows.extend(negative.get(index));
+    }
+    rows
 }
