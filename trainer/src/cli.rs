@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::exit::TABLE;
-use crate::{evaluate, prepare, train};
+use crate::{evaluate, export, prepare, quantize, train, verify};
 
 /// Trains, evaluates, quantizes and exports a pulmonary embolism classifier.
 #[derive(Debug, Parser)]
@@ -25,6 +25,12 @@ pub enum Command {
     Evaluate(evaluate::EvaluateArgs),
     /// Train a network on a cache
     Train(train::TrainArgs),
+    /// Write weights as a standard f32 ONNX file
+    Export(export::ExportArgs),
+    /// Make an int8 ONNX file of an f32 one
+    Quantize(quantize::QuantizeArgs),
+    /// Hold an int8 file against its f32 file: exit 1 when it is not good enough
+    Verify(verify::VerifyArgs),
 }
 
 /// Runs a parsed command line.
@@ -36,6 +42,9 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Prepare(args)) => prepare::run(args),
         Some(Command::Evaluate(args)) => evaluate::run(args),
         Some(Command::Train(args)) => train::run(args),
+        Some(Command::Export(args)) => export::run(args),
+        Some(Command::Quantize(args)) => quantize::run(args),
+        Some(Command::Verify(args)) => verify::run(args),
         None => Ok(ExitCode::SUCCESS),
     }
 }

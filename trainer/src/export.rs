@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -386,7 +387,7 @@ pub struct ExportReport {
 /// # Errors
 ///
 /// Where the weights cannot be read, do not fit their architecture, or the file cannot be written.
-pub fn run(args: &ExportArgs) -> anyhow::Result<Exit> {
+pub fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let (architecture, width, weights, manifest) = match (&args.run, &args.model) {
         (Some(run), _) => {
             let (architecture, width, weights) = read_weights(&run.join("model.safetensors"))?;
@@ -437,7 +438,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<Exit> {
         )?;
         writeln!(stdout, "{}", shared::RESEARCH_USE)?;
     }
-    Ok(Exit::Ok)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Writes the weights of the safetensors file `weights` as f32 ONNX file `out`, with `manifest`.

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
 use rayon::prelude::*;
@@ -20,7 +21,6 @@ use shared::manifest::{METADATA_KEY, Manifest, Precision, SelfTest, Validation};
 use crate::cache::Cache;
 use crate::calibrate::{self, Method, Observation, Range};
 use crate::execute::{ExecuteError, FloatGraph, Tensor};
-use crate::exit::Exit;
 use crate::export::{IMAGE, IMAGE_SCALE, LOGIT, write_file};
 use crate::index::Part;
 use crate::onnx::{
@@ -1231,7 +1231,7 @@ impl Default for Options {
 /// # Errors
 ///
 /// Where a file cannot be read, is no f32 file of ours, or cannot be written.
-pub fn run(args: &QuantizeArgs) -> anyhow::Result<Exit> {
+pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
     let options = Options {
         profile: args.profile,
         method: args.method,
@@ -1257,7 +1257,7 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<Exit> {
             "file": args.out, "bytes": bytes.len(), "float_bytes": float.len(), "report": report, "notice": shared::RESEARCH_USE,
         });
         writeln!(stdout, "{object}")?;
-        return Ok(Exit::Ok);
+        return Ok(ExitCode::SUCCESS);
     }
     for tensor in &report.tensors {
         let Range { low, high } = tensor.range;
@@ -1285,7 +1285,7 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<Exit> {
         float.len()
     )?;
     writeln!(stdout, "{}", shared::RESEARCH_USE)?;
-    Ok(Exit::Ok)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Quantizes the f32 file `float`, calibrated on the training part of `cache`, and states the self-test's logits in its manifest.
@@ -1399,4 +1399,302 @@ fn calibration_rows(cache: &Cache, n: usize) -> Vec<usize> {
         rows.extend(negative.get(index));
     }
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{architecture, export};
+
+    fn float_model(name: &str, width: f64) -> ModelProto {
+        let architecture = architecture::find(name).unwrap();
+        let weights = export::random_weights(architecture, width, 1).unwrap();
+        let manifest = export::new_manifest(architecture, width);
+        onnx::read(&export::float_file(architecture, width, &weights, &manifest).unwrap()).unwrap()
+    }
+
+    fn quantized(model: &ModelProto, options: &Options) -> (ModelProto, QuantizeReport) {
+        let images = self_test_images(4);
+        let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+        quantize_model(model, &images, options, &|| {}).unwrap()
+    }
+
+    fn fast() -> Options {
+        Options {
+            method: Some(Method::MinMax),
+            n_selection: 2,
+            equalise: Choice::Off,
+            correct_bias: Choice::Off,
+            ..Options::default()
+        }
+    }
+
+    fn operators(model: &ModelProto) -> Vec<&str> {
+        let nodes = model.graph().unwrap().node.iter();
+        let on_activations = nodes.filter(|node| {
+            !node.input[0].ends_with(".weight_quantized")
+                && !node.input[0].ends_with(".bias_quantized")
+        });
+        on_activations.map(|node| node.op_type.as_str()).collect()
+    }
+
+    /// Digest of names, operators, attributes, element types and shapes, not of weights. A new digest is a new file format for whoever reads
+    /// the file: change it on purpose alone, with docs/model-file.md.
+    #[track_caller]
+    fn check_structure(model: &ModelProto, expected: &str) {
+        let structure = model.graph().unwrap().structure();
+        assert_eq!(
+            blake3::hash(structure.as_bytes()).to_hex().as_str(),
+            expected,
+            "structure:\n{structure}"
+        );
+    }
+
+    #[test]
+    fn float_file_has_the_recorded_structure() {
+        check_structure(&float_model("final", 0.125), "FLOAT_FINAL");
+    }
+
+    #[test]
+    fn int8_file_has_the_recorded_structure() {
+        let (model, _) = quantized(&float_model("final", 0.03125), &fast());
+        check_structure(&model, "INT8_FINAL");
+    }
+
+    #[test]
+    fn int8_graph_is_the_one_that_runtimes_fuse() {
+        let (model, _) = quantized(&float_model("two-conv", 0.01), &fast());
+        let (q, dq) = ("QuantizeLinear", "DequantizeLinear");
+        let block = ["Conv", q, dq, "MaxPool", q, dq];
+        let tail = ["Flatten", q, dq, "Gemm", q, dq, "Gemm", "Sigmoid"];
+        assert_eq!(
+            operators(&model),
+            [[dq].as_slice(), &block, &block, &tail].concat()
+        );
+    }
+
+    #[test]
+    fn weights_are_symmetric_zero_points_are_zero_and_pools_keep_their_scale() {
+        let (model, _) = quantized(&float_model("vanilla", 0.01), &fast());
+        let graph = model.graph().unwrap();
+        for tensor in &graph.initializer {
+            if tensor.name.ends_with(".weight_quantized") {
+                assert!(
+                    tensor
+                        .to_i8()
+                        .unwrap()
+                        .iter()
+                        .all(|weight| *weight != i8::MIN)
+                );
+            } else if tensor.name.ends_with("_zero_point") {
+                assert!(
+                    tensor.raw_data.iter().all(|byte| *byte == 0),
+                    "{}",
+                    tensor.name
+                );
+            }
+        }
+        let scale_of = |name: &str| {
+            graph
+                .node
+                .iter()
+                .find(|node| node.name == name)
+                .map(|node| node.input[1].as_str())
+        };
+        for (name, scale) in [
+            ("pool1_quantize", "relu1_scale"),
+            ("flatten_quantize", "relu2_scale"),
+        ] {
+            assert_eq!(scale_of(name), Some(scale));
+        }
+        let names: Vec<&str> = graph
+            .output
+            .iter()
+            .map(|output| output.name.as_str())
+            .collect();
+        assert_eq!(names, ["logit", "probability"]);
+    }
+
+    #[test]
+    fn best_combination_is_no_worse_than_min_max() {
+        let float = float_model("final", 0.03125);
+        let (_, report) = quantized(
+            &float,
+            &Options {
+                n_selection: 2,
+                ..Options::default()
+            },
+        );
+        assert_eq!(report.tried.len(), 4);
+        let chosen = report.tried.iter().find(|trial| {
+            (trial.is_equalised, trial.is_bias_corrected)
+                == (report.is_equalised, report.is_bias_corrected)
+        });
+        let least = report
+            .tried
+            .iter()
+            .map(|trial| trial.logit_rmse)
+            .fold(f64::INFINITY, f64::min);
+        assert!(chosen.is_some_and(|trial| trial.logit_rmse <= least));
+    }
+
+    #[test]
+    fn equalisation_does_not_change_the_float_logit() {
+        let mut model = float_model("final", 0.03125);
+        let images = self_test_images(2);
+        let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+        let graph = FloatGraph::new(&model).unwrap();
+        let plan = Plan::of(model.graph().unwrap());
+        let observed = calibrate::observe(&graph, &plan.leaders, &images, &|| {}).unwrap();
+        let before = logits(&graph, &images).unwrap();
+        equalise(&mut model, &plan, &observed).unwrap();
+        let after = logits(&FloatGraph::new(&model).unwrap(), &images).unwrap();
+        for (before, after) in before.iter().zip(&after) {
+            assert!(
+                (before - after).abs() <= 1e-5 * before.abs().max(1.0),
+                "{before} {after}"
+            );
+        }
+    }
+
+    #[test]
+    fn engine_agrees_with_the_float_simulation_of_the_integers() {
+        let architecture = architecture::find("final").unwrap();
+        let weights = export::random_weights(architecture, 0.03125, 2).unwrap();
+        let float = export::float_file(
+            architecture,
+            0.03125,
+            &weights,
+            &export::new_manifest(architecture, 0.03125),
+        )
+        .unwrap();
+        let images = self_test_images(3);
+        let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+        let (int8, _) = quantize_file(&float, &images, &fast()).unwrap();
+        let model = onnx::read(&int8).unwrap();
+        let manifest = Manifest::from_json(model.metadata(METADATA_KEY).unwrap()).unwrap();
+        assert_eq!(manifest.precision, Precision::Int8);
+        assert_eq!(manifest.self_test.len(), SELF_TESTS);
+        let graph = FloatGraph::new(&model).unwrap();
+        for (entry, image) in manifest.self_test.iter().zip(&images) {
+            let (exact, simulated) = (
+                f32::from_bits(entry.logit_bits),
+                graph.logit(image, &mut |_, _| {}).unwrap(),
+            );
+            // f32 sums in place of integers flip single roundings of activations: a step of one level in a few of them.
+            assert!(
+                (exact - simulated).abs() < 0.01 * exact.abs().max(1.0),
+                "{exact} {simulated}"
+            );
+        }
+    }
+
+    #[test]
+    fn accumulators_that_could_overflow_get_a_coarser_scale() {
+        let weights = vec![1.0; 100_000];
+        let layer = QuantizedLayer::of(&weights, &[0.0], 1.0, false).unwrap();
+        assert!(shared::quantize::check_accumulators(&layer.weights, &layer.bias).is_ok());
+        assert!(layer.weights[0] < 127 && layer.weights[0] > 32);
+        assert!((f32::from(layer.weights[0]) * layer.scales[0] - 1.0).abs() < 0.02);
+    }
+
+    #[test]
+    fn tensorrt_profile_is_signed_and_leaves_biases_alone() {
+        let (model, _) = quantized(
+            &float_model("final", 0.03125),
+            &Options {
+                profile: Profile::Tensorrt,
+                ..fast()
+            },
+        );
+        let graph = model.graph().unwrap();
+        let constants = graph.initializers();
+        for node in graph
+            .node
+            .iter()
+            .filter(|node| node.op_type == "QuantizeLinear")
+        {
+            assert_eq!(
+                constants[node.input[2].as_str()].data_type,
+                DataType::Int8 as i32
+            );
+        }
+        assert!(constants["conv1.bias"].to_f32().is_ok());
+        assert!(
+            FloatGraph::new(&model)
+                .unwrap()
+                .logit(&self_test_images(1)[0], &mut |_, _| {})
+                .unwrap()
+                .is_finite()
+        );
+    }
+
+    #[test]
+    fn general_graph_with_branches_and_signed_tensors_is_quantized_rightly() {
+        let float = residual_model();
+        let (int8, _) = quantized(&float, &fast());
+        let images = self_test_images(3);
+        let (float, int8) = (
+            FloatGraph::new(&float).unwrap(),
+            FloatGraph::new(&int8).unwrap(),
+        );
+        for image in &images {
+            let (a, b) = (
+                float.logit(image, &mut |_, _| {}).unwrap(),
+                int8.logit(image, &mut |_, _| {}).unwrap(),
+            );
+            assert!((a - b).abs() < 0.05 * a.abs().max(0.2), "{a} {b}");
+        }
+    }
+
+    /// A strided convolution with padding, a residual branch, a concatenation and both kinds of average pool.
+    fn residual_model() -> ModelProto {
+        let mut model = float_model("final", 0.03125);
+        let graph = model.graph.as_mut().unwrap();
+        graph.node.truncate(2);
+        graph.value_info.clear();
+        let weight = |name: &str, shape: &[usize]| {
+            let n: usize = shape.iter().product();
+            let values: Vec<f32> = (0..n)
+                .map(|index| (index as f32 * 0.7391).sin() * 0.2)
+                .collect();
+            TensorProto::float(name, shape, &values)
+        };
+        graph.initializer = vec![
+            TensorProto::float("image_scale", &[], &[IMAGE_SCALE]),
+            weight("a.weight", &[8, 3, 7, 7]),
+            weight("a.bias", &[8]),
+            weight("b.weight", &[8, 8, 3, 3]),
+            weight("b.bias", &[8]),
+            weight("c.weight", &[8, 8, 1, 1]),
+            weight("c.bias", &[8]),
+            weight("d.weight", &[1, 16]),
+            weight("d.bias", &[1]),
+        ];
+        graph.node.extend([
+            NodeProto::new("Conv", "a", &["image_scaled", "a.weight", "a.bias"], "a")
+                .with_ints("strides", &[4, 4])
+                .with_ints("pads", &[3, 3, 3, 3]),
+            NodeProto::new("Relu", "relu1", &["a"], "relu1"),
+            NodeProto::new("MaxPool", "pool1", &["relu1"], "pool1")
+                .with_ints("kernel_shape", &[3, 3])
+                .with_ints("strides", &[2, 2])
+                .with_ints("pads", &[1, 1, 1, 1]),
+            NodeProto::new("Conv", "b", &["pool1", "b.weight", "b.bias"], "b")
+                .with_ints("pads", &[1, 1, 1, 1]),
+            NodeProto::new("Add", "add", &["b", "pool1"], "add"),
+            NodeProto::new("Relu", "relu2", &["add"], "relu2"),
+            NodeProto::new("Conv", "c", &["relu2", "c.weight", "c.bias"], "c"),
+            NodeProto::new("AveragePool", "average", &["relu2"], "average")
+                .with_ints("kernel_shape", &[3, 3])
+                .with_ints("pads", &[1, 1, 1, 1]),
+            NodeProto::new("Concat", "concat", &["c", "average"], "concat").with_int("axis", 1),
+            NodeProto::new("GlobalAveragePool", "global", &["concat"], "global"),
+            NodeProto::new("Flatten", "flatten", &["global"], "flatten").with_int("axis", 1),
+            NodeProto::new("Gemm", "d", &["flatten", "d.weight", "d.bias"], LOGIT)
+                .with_int("transB", 1),
+            NodeProto::new("Sigmoid", "probability", &[LOGIT], "probability"),
+        ]);
+        model
+    }
 }

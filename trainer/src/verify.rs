@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
 use rayon::prelude::*;
@@ -151,7 +152,7 @@ pub struct VerifyArgs {
 /// # Errors
 ///
 /// Where a file cannot be read, written, or is not what it should be.
-pub fn run(args: &VerifyArgs) -> anyhow::Result<Exit> {
+pub fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let read =
         |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
     let (float, int8) = (read(&args.float)?, read(&args.int8)?);
@@ -185,9 +186,9 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<Exit> {
         writeln!(stdout, "{}", shared::RESEARCH_USE)?;
     }
     Ok(if report.is_good_enough {
-        Exit::Ok
+        ExitCode::SUCCESS
     } else {
-        Exit::FailedCheck
+        Exit::FailedCheck.into()
     })
 }
 

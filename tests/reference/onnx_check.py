@@ -1,0 +1,159 @@
+"""Holds exported model files against other runtimes.
+
+  python onnx_check.py --float model.onnx --int8 model-int8.onnx [--images CACHE] [--logits FILE.csv] [--n 8]
+
+Checks, for each file given: onnx.checker with full check; opset 13, IR 7, names and types of inputs and outputs, a manifest. f32: onnxruntime and
+OpenVINO agree within 1e-4 x max(1, |logit|), and with --float-logits (one logit a line, of our own f32 engine) too. int8:
+onnxruntime's optimised graph holds QLinearConv, MaxPool or NhwcMaxPool and QGemm and no float operator but the sigmoid; its logits equal
+those of the self-test in the manifest (our engine's, scalar kernel) within 1e-6 relative; OpenVINO's are within the bound below.
+
+Why OpenVINO's bound is what it is: it computes the same i32 sums, but requantizes with a reciprocal and fused multiply-adds, so an activation that lies
+within half an f32 ulp of a rounding boundary can fall to the other side: a change of one level. What one flipped level at layer l does to the
+logit is at most its scale times the largest path gain behind it; rather than that (very loose) bound we state the statistical one: flips are
+independent, of magnitude one level, so the logit's change has at most the size of the quantization noise itself, whose variance is a twelfth of a
+level squared for every activation: OpenVINO may differ from onnxruntime by no more than int8 differs from f32, floor 1e-3.
+
+Research use only, not a medical device.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+SIDE = 256
+FLOAT_TOLERANCE = 1e-4
+INT8_TOLERANCE = 1e-6
+MASK = (1 << 64) - 1
+
+
+def split_mix(state):
+    """SplitMix64 (Steele et al. 2014): new state and output."""
+    state = (state + 0x9E3779B97F4A7C15) & MASK
+    z = state
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return state, z ^ (z >> 31)
+
+
+def self_test_image(seed):
+    """The image of shared::selftest: blocks of random brightness with noise on top, written a second time from its description."""
+    per_row = SIDE // 32
+    state, blocks = seed, []
+    for _ in range(3 * per_row * per_row):
+        state, out = split_mix(state)
+        blocks.append(out >> 56)
+    blocks = np.array(blocks, np.int32).reshape(3, per_row, per_row).repeat(32, 1).repeat(32, 2)
+    # The remaining states are an arithmetic sequence, so numpy can mix them all at once.
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, 3 * SIDE * SIDE + 1, dtype=np.uint64)
+        z = np.uint64(state) + steps * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    noise = (z >> np.uint64(56)).astype(np.int32).reshape(3, SIDE, SIDE) // 4
+    return np.maximum(np.minimum(blocks + noise, 255) - 32, 0).astype(np.uint8)
+
+
+def check_form(path):
+    """onnx.checker, versions, signature; returns the manifest."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.ir_version == 7, model.ir_version
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 13)], model.opset_import
+    signature = [
+        (v.name, v.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim])
+        for v in list(model.graph.input) + list(model.graph.output)
+    ]
+    assert signature == [
+        ("image", onnx.TensorProto.UINT8, ["N", 3, SIDE, SIDE]),
+        ("logit", onnx.TensorProto.FLOAT, ["N", 1]),
+        ("probability", onnx.TensorProto.FLOAT, ["N", 1]),
+    ], signature
+    assert all(t.raw_data or np.prod(t.dims) == 0 for t in model.graph.initializer), "weights are raw data"
+    known = {v.name for v in list(model.graph.value_info) + list(model.graph.output)}
+    computed = {o for n in model.graph.node for o in n.output if not o.endswith((".weight", ".bias"))}
+    assert computed <= known, computed - known
+    return json.loads({p.key: p.value for p in model.metadata_props}["pe.manifest"])
+
+
+def onnxruntime_logits(path, images):
+    """Logits, and the operators after onnxruntime's own optimisation."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        operators = [n.op_type for n in onnx.load(options.optimized_model_filepath).graph.node]
+    logits = [session.run(["logit"], {"image": image[None]})[0] for image in images]
+    return np.concatenate(logits).ravel(), operators
+
+
+def openvino_logits(path, images):
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array([compiled({"image": image[None]})["logit"].ravel()[0] for image in images])
+
+
+def relative(a, b):
+    return float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b))))
+
+
+def load_images(cache, n):
+    if cache is None:
+        return [self_test_image(seed) for seed in range(1, n + 1)]
+    tensors = np.memmap(os.path.join(cache, "tensors.u8"), np.uint8, "r").reshape(-1, 3, SIDE, SIDE)
+    return [np.array(tensors[row]) for row in np.linspace(0, len(tensors) - 1, n).astype(int)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--float", required=True)
+    parser.add_argument("--int8", required=True)
+    parser.add_argument("--images", help="cache folder; without it the self-test's images")
+    parser.add_argument("--float-logits", help="text file, one logit a line, of our own f32 run on the same images")
+    parser.add_argument("--n", type=int, default=8)
+    args = parser.parse_args()
+    images = load_images(args.images, args.n)
+
+    check_form(args.float)
+    f32, _ = onnxruntime_logits(args.float, images)
+    difference = relative(openvino_logits(args.float, images), f32)
+    print(f"f32: onnxruntime and OpenVINO differ by {difference:.2e}, allowed {FLOAT_TOLERANCE:.0e}")
+    assert difference <= FLOAT_TOLERANCE
+    if args.float_logits:
+        difference = relative(np.loadtxt(args.float_logits, ndmin=1), f32)
+        print(f"f32: our run and onnxruntime differ by {difference:.2e}, allowed {FLOAT_TOLERANCE:.0e}")
+        assert difference <= FLOAT_TOLERANCE
+
+    manifest = check_form(args.int8)
+    int8, operators = onnxruntime_logits(args.int8, images)
+    print("int8: onnxruntime runs", " ".join(operators))
+    allowed = {"Transpose", "QLinearConv", "NhwcMaxPool", "MaxPool", "Flatten", "QGemm", "Sigmoid"}
+    assert set(operators) <= allowed, set(operators) - allowed
+    convolutions = sum(n.op_type == "Conv" for n in onnx.load(args.int8).graph.node)
+    assert operators.count("QLinearConv") == convolutions and operators.count("QGemm") == 2
+
+    seeds = manifest["self_test"]
+    assert seeds, "the int8 file states no self-test"
+    ours = np.array([t["logit_bits"] for t in seeds], np.uint32).view(np.float32)
+    theirs, _ = onnxruntime_logits(args.int8, [self_test_image(t["seed"]) for t in seeds])
+    difference = relative(theirs, ours)
+    print(f"int8: the manifest's self-test and onnxruntime differ by {difference:.2e}, allowed {INT8_TOLERANCE:.0e}")
+    assert difference <= INT8_TOLERANCE
+
+    noise = max(float(np.max(np.abs(int8 - f32))), 1e-3)
+    difference = float(np.max(np.abs(openvino_logits(args.int8, images) - int8)))
+    print(f"int8: OpenVINO and onnxruntime differ by {difference:.2e}, allowed {noise:.2e} (what int8 differs from f32)")
+    assert difference <= noise
+    print("all checks passed; research use only, not a medical device")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
