@@ -54,21 +54,93 @@ impl Embolus {
     }
 }
 
+/// The emboli of a positive study: at least one, and at least one of them visible.
+pub(super) fn emboli(arteries: &Tree, planes: &[f64], random: &mut Random) -> Vec<Embolus> {
+    let (is_chronic, is_mixed) = match random.unit() {
+        u if u < 0.13 => (true, false),
+        u if u < 0.20 => (false, true),
+        _ => (false, false),
+    };
+    let mut wishes = Vec::new();
+    if random.chance(0.3) {
+        wishes.push((
+            true,
+            if random.chance(0.5) {
+                Side::Left
+            } else {
+                Side::Right
+            },
+        ));
+    }
+    for (side, probability) in [(Side::Left, 0.70), (Side::Right, 0.82)] {
+        if random.chance(probability) {
+            for _ in 0..1 + random.below(3) {
+                wishes.push((false, side));
+            }
+        }
+    }
+    if wishes.is_empty() || (is_mixed && wishes.len() < 2) {
+        wishes.push((false, Side::Right));
+        wishes.push((false, Side::Left));
+    }
+    let turn = random.below(wishes.len());
+    wishes.rotate_left(turn);
+    let mut found = Vec::new();
+    for (index, (is_central, side)) in wishes.into_iter().enumerate() {
+        let is_chronic = is_chronic || (is_mixed && index % 2 == 1);
+        found.extend(place(
+            Wish {
+                is_central,
+                side,
+                is_chronic,
+            },
+            arteries,
+            planes,
+            random,
+        ));
+    }
+    if found.is_empty() {
+        // Few planes: anything that one of them cuts.
+        for (is_central, side) in [
+            (true, Side::Left),
+            (false, Side::Left),
+            (false, Side::Right),
+        ] {
+            found.extend(place(
+                Wish {
+                    is_central,
+                    side,
+                    is_chronic: false,
+                },
+                arteries,
+                planes,
+                random,
+            ));
+        }
+    }
+    // No study is full of emboli: at most three slices in ten show one.
+    while found.len() > 1 && n_visible(&found, planes) * 10 > planes.len() * 3 {
+        found.pop();
+    }
+    found
+}
+
+/// On how many planes at least one of the emboli is visible.
+fn n_visible(emboli: &[Embolus], planes: &[f64]) -> usize {
+    let shows = |&&z: &&f64| emboli.iter().any(|embolus| embolus.centre_in(z).is_some());
+    planes.iter().filter(shows).count()
+}
+
 /// What is asked of an embolus.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wish {
-    pub(super) is_central: bool,
-    pub(super) side: Side,
-    pub(super) is_chronic: bool,
+struct Wish {
+    is_central: bool,
+    side: Side,
+    is_chronic: bool,
 }
 
 /// An embolus as wished that at least one of the planes `z` shows; nothing where a few throws missed.
-pub(super) fn place(
-    wish: Wish,
-    arteries: &Tree,
-    planes: &[f64],
-    random: &mut Random,
-) -> Option<Embolus> {
+fn place(wish: Wish, arteries: &Tree, planes: &[f64], random: &mut Random) -> Option<Embolus> {
     let fits = |index: &usize| {
         let branch = &arteries.branches[*index];
         let place = if wish.is_central {
@@ -76,7 +148,7 @@ pub(super) fn place(
         } else {
             branch.side == wish.side
                 && (branch.region == Region::Lobar
-                    || (branch.region == Region::Segmental && branch.tube.radius[0] > 2.2))
+                    || (branch.region == Region::Segmental && branch.tube.radius[0] > 3.0))
         };
         place && planes.iter().any(|&z| branch.tube.touches(z, 0.5))
     };
@@ -96,15 +168,15 @@ fn follow(start: usize, wish: Wish, arteries: &Tree, random: &mut Random) -> Emb
     let first = arteries.branches[start];
     let wanted = match first.region {
         Region::Central => random.range(18.0, 45.0),
-        Region::Lobar => random.range(12.0, 36.0),
+        Region::Lobar => random.range(14.0, 36.0),
         Region::Segmental | Region::Subsegmental => random.range(10.0, 24.0),
     };
     let fill = if wish.is_chronic {
         1.0
     } else if first.region <= Region::Lobar {
-        random.range(0.55, 0.85)
+        random.range(0.62, 0.9)
     } else {
-        random.range(0.68, 1.0)
+        random.range(0.75, 1.0)
     };
     let direction = {
         let angle = random.range(0.0, core::f64::consts::TAU);

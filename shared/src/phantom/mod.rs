@@ -5,7 +5,7 @@
 //! the `libm` crate's functions are used.
 //!
 //! The stages, in the order of the data: [`random`](self) numbers, the patient's `anatomy`, the `vessels` that grow in it, the `embolus` that is put
-//! into them, the `render`er that paints a slice on a `canvas`, the `scanner` that blurs and stores it, and `dicom_file` that wraps it.
+//! into them, the `confounder`s beside it, the `render`er that paints a slice on a `canvas`, the `scanner` that blurs and stores it, and `dicom_file` that wraps it.
 //!
 //! No phantom is a patient: manufacturer and model name say so (see [`is_phantom`]), and so do the patient's name and number.
 
@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 
 mod anatomy;
 mod canvas;
+mod confounder;
 #[cfg(feature = "std")]
 mod dicom_file;
 mod embolus;
@@ -34,10 +35,10 @@ pub use scanner::Storage;
 use crate::hounsfield::Rescale;
 use crate::stored::{ByteOrder, PixelFormat, PixelPadding, SlicePixels};
 use anatomy::Anatomy;
-use canvas::{Canvas, Tube, mix, round_i32};
-use embolus::{Embolus, Wish};
+use canvas::{Canvas, round_i32};
+use embolus::Embolus;
 use random::{Random, scatter};
-use render::{Chest, Confounder};
+use render::Chest;
 use scanner::Scanner;
 use vessels::{Region, Side};
 
@@ -189,12 +190,12 @@ impl StudyPlan {
             veins,
             airways,
         };
-        add_confounders(&mut chest, &labels, &mut random);
+        confounder::add(&mut chest, &labels, &mut random);
         if finding == Finding::Positive {
             let planes: Vec<f64> = (0..n_slices)
                 .map(|index| scanner.z_mm(index) / chest.anatomy.scale[2])
                 .collect();
-            chest.emboli = emboli(&chest, &planes, &mut random);
+            chest.emboli = embolus::emboli(&chest.arteries, &planes, &mut random);
             label_emboli(&mut labels, &chest, &planes);
         }
         Self {
@@ -377,206 +378,6 @@ fn quality(finding: Finding, random: &mut Random) -> ExamLabels {
     labels
 }
 
-/// Lymph nodes, plugged bronchi, mixing artefacts, and masses that grow into an artery.
-fn add_confounders(chest: &mut Chest, labels: &ExamLabels, random: &mut Random) {
-    let artery = chest.anatomy.densities.artery;
-    let large: Vec<Tube> = chest
-        .arteries
-        .branches
-        .iter()
-        .filter(|branch| branch.region <= Region::Lobar)
-        .map(|branch| branch.tube)
-        .collect();
-    let Some(&any) = large.first() else { return };
-    let pick = |random: &mut Random| large.get(random.below(large.len())).copied().unwrap_or(any);
-    for _ in 0..random.below(7) {
-        // A node touches the vessel from outside.
-        let tube = pick(random);
-        let t = random.unit();
-        let (centre, radius) = (tube.at(t), random.range(2.5, 6.5));
-        let angle = random.range(0.0, core::f64::consts::TAU);
-        let away = tube.radius_at(t) + radius + 0.5;
-        let from = [
-            centre[0] + away * libm::cos(angle),
-            centre[1] + away * libm::sin(angle),
-            centre[2] - 3.0,
-        ];
-        let to = [
-            from[0] + random.range(-4.0, 4.0),
-            from[1] + random.range(-4.0, 4.0),
-            from[2] + random.range(3.0, 9.0),
-        ];
-        let hu = round_i32(random.range(25.0, 70.0));
-        chest.confounders.push(Confounder {
-            tube: Tube {
-                from,
-                to,
-                radius: [radius, 0.8 * radius],
-            },
-            hu,
-            softness_mm: 1.0,
-            strength: 1.0,
-            is_over_vessels: false,
-        });
-    }
-    for _ in 0..random.below(9) {
-        // Mucus in a small bronchus, or a nodule, in the lung.
-        let side = if random.chance(0.5) {
-            Side::Left
-        } else {
-            Side::Right
-        };
-        let Some(from) = chest.anatomy.point_in_lung(side, random) else {
-            continue;
-        };
-        let to = mix(
-            from,
-            [0.55 * from[0], 8.0, 0.3 * from[2]],
-            random.range(0.05, 0.25),
-        );
-        let radius = random.range(1.2, 3.2);
-        chest.confounders.push(Confounder {
-            tube: Tube {
-                from,
-                to,
-                radius: [radius, radius],
-            },
-            hu: round_i32(random.range(15.0, 60.0)),
-            softness_mm: 1.0,
-            strength: 1.0,
-            is_over_vessels: false,
-        });
-    }
-    if random.chance(0.35) {
-        // Consolidation at a base: a soft cloud.
-        let side = if random.chance(0.5) {
-            Side::Left
-        } else {
-            Side::Right
-        };
-        if let Some(from) = chest.anatomy.point_in_lung(side, random) {
-            let radius = random.range(9.0, 24.0);
-            let to = [from[0], from[1] + 10.0, from[2] + random.range(-12.0, 12.0)];
-            chest.confounders.push(Confounder {
-                tube: Tube {
-                    from,
-                    to,
-                    radius: [radius, 0.7 * radius],
-                },
-                hu: round_i32(random.range(-350.0, 30.0)),
-                softness_mm: 14.0,
-                strength: random.range(0.4, 1.0),
-                is_over_vessels: false,
-            });
-        }
-    }
-    let n_mixing = if labels.flow_artifact {
-        3 + random.below(3)
-    } else {
-        0
-    };
-    for _ in 0..n_mixing {
-        let tube = pick(random);
-        let share = random.range(0.4, 0.8);
-        chest.confounders.push(Confounder {
-            tube: Tube {
-                radius: tube.radius.map(|radius| share * radius),
-                ..tube
-            },
-            hu: round_i32(45.0 + f64::from(artery - 45) * random.range(0.35, 0.7)),
-            softness_mm: 0.8 * tube.radius[0],
-            strength: 0.8,
-            is_over_vessels: true,
-        });
-    }
-    if labels.true_filling_defect_not_pe {
-        // A mass that enhances and reaches through the wall.
-        let tube = pick(random);
-        let from = tube.at(random.unit());
-        let to = [
-            from[0] + random.range(-9.0, 9.0),
-            from[1] + random.range(-9.0, 9.0),
-            from[2] + random.range(-8.0, 8.0),
-        ];
-        chest.confounders.push(Confounder {
-            tube: Tube {
-                from,
-                to,
-                radius: [tube.radius[0], 1.3 * tube.radius[0]],
-            },
-            hu: round_i32(random.range(90.0, 125.0)),
-            softness_mm: 2.0,
-            strength: 1.0,
-            is_over_vessels: true,
-        });
-    }
-}
-
-/// The emboli of a positive study: at least one, and at least one of them visible.
-fn emboli(chest: &Chest, planes: &[f64], random: &mut Random) -> Vec<Embolus> {
-    let (is_chronic, is_mixed) = match random.unit() {
-        u if u < 0.13 => (true, false),
-        u if u < 0.20 => (false, true),
-        _ => (false, false),
-    };
-    let mut wishes = Vec::new();
-    if random.chance(0.3) {
-        wishes.push((
-            true,
-            if random.chance(0.5) {
-                Side::Left
-            } else {
-                Side::Right
-            },
-        ));
-    }
-    for (side, probability) in [(Side::Left, 0.62), (Side::Right, 0.75)] {
-        if random.chance(probability) {
-            for _ in 0..1 + random.below(2) {
-                wishes.push((false, side));
-            }
-        }
-    }
-    if wishes.is_empty() || (is_mixed && wishes.len() < 2) {
-        wishes.push((false, Side::Right));
-        wishes.push((false, Side::Left));
-    }
-    let mut found = Vec::new();
-    for (index, (is_central, side)) in wishes.into_iter().enumerate() {
-        let is_chronic = is_chronic || (is_mixed && index % 2 == 1);
-        found.extend(embolus::place(
-            Wish {
-                is_central,
-                side,
-                is_chronic,
-            },
-            &chest.arteries,
-            planes,
-            random,
-        ));
-    }
-    if found.is_empty() {
-        // Few planes: anything that one of them cuts.
-        for (is_central, side) in [
-            (true, Side::Left),
-            (false, Side::Left),
-            (false, Side::Right),
-        ] {
-            found.extend(embolus::place(
-                Wish {
-                    is_central,
-                    side,
-                    is_chronic: false,
-                },
-                &chest.arteries,
-                planes,
-                random,
-            ));
-        }
-    }
-    found
-}
-
 /// Labels what at least one plane shows. Where no plane shows anything (a study of very few slices off the arteries) the exam is negative.
 fn label_emboli(labels: &mut ExamLabels, chest: &Chest, planes: &[f64]) {
     let visible = |embolus: &&Embolus| planes.iter().any(|&z| embolus.centre_in(z).is_some());
@@ -620,5 +421,87 @@ mod tests {
             }
         }
         assert_eq!(seen, [true; 13]);
+    }
+
+    /// Digest of a slice's pixels and emboli.
+    fn digest(study_index: u32, slice_index: u32, matrix: u16) -> String {
+        let slice = StudyPlan::new(2026, study_index, 24, matrix).slice(slice_index);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&slice.bytes());
+        for value in slice.emboli_mm.iter().flatten() {
+            hasher.update(&value.to_le_bytes());
+        }
+        String::from(&hasher.finalize().to_hex().as_str()[..16])
+    }
+
+    #[test]
+    fn slices_are_the_same_bits_everywhere() {
+        let digests = [
+            digest(0, 12, 64),
+            digest(1, 9, 256),
+            digest(2, 15, 256),
+            digest(3, 4, 256),
+            digest(4, 20, 512),
+        ];
+        let expected = [
+            "465559c5a8362b6a",
+            "6c8634310c036b72",
+            "63db14247029df2f",
+            "9b2b980a2e019655",
+            "8d79d35e1b54450f",
+        ];
+        assert_eq!(digests, expected);
+    }
+
+    #[test]
+    fn a_finding_asked_for_is_given_and_fills_at_most_three_slices_in_ten() {
+        for study_index in 0..40 {
+            let count = |finding| {
+                let plan = StudyPlan::with_finding(3, study_index, 24, 64, finding);
+                let n_positive = (0..24).filter(|&index| plan.pe_present(index)).count();
+                assert!(plan.labels().is_consistent(n_positive > 0));
+                n_positive
+            };
+            // One embolus alone may be longer.
+            assert!(
+                (1..=12).contains(&count(Finding::Positive)),
+                "study {study_index}"
+            );
+            assert_eq!(count(Finding::Negative), 0);
+            assert_eq!(count(Finding::Indeterminate), 0);
+        }
+    }
+
+    #[test]
+    fn an_embolus_lies_inside_the_picture() {
+        let plan = StudyPlan::with_finding(3, 1, 24, 64, Finding::Positive);
+        for slice in (0..24).map(|index| plan.slice(index)) {
+            assert_eq!(slice.pe_present, !slice.emboli_mm.is_empty());
+            for [x, y, z] in slice.emboli_mm {
+                let column = (x - slice.position_mm[0]) / slice.pixel_spacing_mm[1];
+                let row = (y - slice.position_mm[1]) / slice.pixel_spacing_mm[0];
+                assert!((8.0..56.0).contains(&column) && (8.0..56.0).contains(&row));
+                assert!((z - slice.position_mm[2]).abs() < 1e-9);
+            }
+        }
+    }
+
+    #[test]
+    fn identifiers_are_valid_and_differ() {
+        let plan = StudyPlan::new(1, 2, 5, 64);
+        let roles = [
+            UidRole::Study,
+            UidRole::Series,
+            UidRole::Slice(0),
+            UidRole::Slice(1),
+            UidRole::MultiFrame,
+            UidRole::FrameOfReference,
+        ];
+        let uids: alloc::collections::BTreeSet<String> =
+            roles.iter().map(|&role| plan.uid(role)).collect();
+        assert_eq!(uids.len(), roles.len());
+        for uid in uids {
+            assert!(crate::uid::Uid::new(&uid).is_ok());
+        }
     }
 }

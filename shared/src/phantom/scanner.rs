@@ -16,6 +16,7 @@ pub(super) enum Kernel {
 
 impl Kernel {
     /// The name in Convolution Kernel (0018,1210).
+    #[cfg(feature = "std")]
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Soft => "SOFT",
@@ -50,11 +51,13 @@ pub(super) struct Scanner {
     /// HU outside the round field of view, where the scanner pads.
     pub(super) padding_hu: Option<i16>,
     /// Whether PixelPaddingValue says so.
+    #[cfg_attr(not(feature = "std"), expect(dead_code, reason = "only files say so"))]
     pub(super) declares_padding: bool,
     pub(super) storage: Storage,
     pub(super) table_y_mm: f64,
     pub(super) first_z_mm: f64,
     pub(super) spacing_z_mm: f64,
+    #[cfg_attr(not(feature = "std"), expect(dead_code, reason = "only files tell it"))]
     pub(super) thickness_mm: f64,
     /// Sideways jump between the two halves of a moved acquisition, pixels of 512.
     pub(super) motion_mm: f64,
@@ -62,8 +65,8 @@ pub(super) struct Scanner {
 
 impl Scanner {
     pub(super) fn new(n_slices: u32, has_motion: bool, random: &mut Random) -> Self {
-        let low = random.range(-128.0, -98.0);
-        let high = random.range(78.0, 108.0);
+        let low = random.range(-112.0, -78.0);
+        let high = random.range(56.0, 92.0);
         let spacing = (high - low) / f64::from(n_slices.max(1));
         let storage = [
             Storage::Unsigned12,

@@ -104,13 +104,13 @@ pub(super) fn arteries(anatomy: &Anatomy, random: &mut Random) -> Tree {
     let left_main = near(32.0, 5.0, 19.0);
     let left_hilum = near(46.0, 18.0, 12.0);
     let left_low = near(47.0, 25.0, -14.0);
-    let left_base = near(47.0, 30.0, -38.0);
-    let left_up = near(48.0, -4.0, 32.0);
+    let left_base = near(48.0, 33.0, -52.0);
+    let left_up = near(50.0, -4.0, 40.0);
     let right_main = near(-12.0, 0.0, 10.0);
     let right_hilum = near(-36.0, 6.0, 5.0);
     let right_low = near(-47.0, 15.0, -14.0);
-    let right_base = near(-47.0, 24.0, -40.0);
-    let right_up = near(-47.0, -2.0, 30.0);
+    let right_base = near(-48.0, 29.0, -54.0);
+    let right_up = near(-49.0, -2.0, 40.0);
     let stem = tree.path(
         &[(outflow, 13.0 * w), (trunk, 13.5 * w), (fork, 13.0 * w)],
         None,
@@ -326,7 +326,7 @@ fn lobe_of(point: Point) -> Lobe {
 }
 
 /// Number of targets in each lung.
-const TARGETS: usize = 110;
+const TARGETS: usize = 150;
 
 fn grow_lobes(
     tree: &mut Tree,
