@@ -4,7 +4,7 @@
 //! end of each epoch and when the run is stopped. What is not in it follows from the seed and the position: the order
 //! of the slices is drawn anew from (seed, epoch).
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -101,7 +101,7 @@ pub fn save(
             ));
         }
     }
-    let metadata = HashMap::from([
+    let metadata = BTreeMap::from([
         ("version".to_owned(), VERSION.to_owned()),
         ("fingerprint".to_owned(), fingerprint.to_owned()),
         ("step".to_owned(), position.step.to_string()),
@@ -121,7 +121,7 @@ pub fn save(
         ),
         ("best_epoch".to_owned(), position.best_epoch.to_string()),
     ]);
-    let bytes = to_safetensors(&parts, metadata).map_err(anyhow::Error::msg)?;
+    let bytes = to_safetensors(&parts, &metadata);
     let path = folder.join(FILE_NAME);
     write_atomically(&path, &bytes).with_context(|| format!("writing {}", path.display()))
 }

@@ -4,11 +4,11 @@
 //! logit an image; its sigmoid is the probability of PE. Which layers there are is [`crate::architecture`]'s; the
 //! arithmetic is [`crate::operators`]'.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::architecture::{self, Architecture, Family, pooled_side};
 use crate::checkpoint::write_atomically;
@@ -241,7 +241,7 @@ impl Network {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<(), NetworkError> {
-        let metadata = HashMap::from([
+        let metadata = BTreeMap::from([
             ("architecture".to_owned(), self.architecture.name.to_owned()),
             ("width".to_owned(), self.width.to_string()),
         ]);
@@ -253,10 +253,7 @@ impl Network {
                 self.values(parameter)?,
             ));
         }
-        let bytes = to_safetensors(&parts, metadata).map_err(|fault| NetworkError::Weights {
-            path: path.into(),
-            fault,
-        })?;
+        let bytes = to_safetensors(&parts, &metadata);
         write_atomically(path, &bytes).map_err(|source| NetworkError::File {
             path: path.into(),
             source,
@@ -323,25 +320,30 @@ fn read(path: &Path) -> Result<Vec<u8>, NetworkError> {
     })
 }
 
-/// A safetensors file of f32 tensors (name, shape, values).
+/// A safetensors file of f32 tensors (name, shape, values): the same bytes for the same contents, which the crate's own
+/// writer does not give (its metadata stand in a hash map's order).
 pub(crate) fn to_safetensors(
     parts: &[(String, Vec<usize>, Vec<f32>)],
-    metadata: HashMap<String, String>,
-) -> Result<Vec<u8>, String> {
-    let bytes: Vec<Vec<u8>> = parts
-        .iter()
-        .map(|(_, _, values)| {
-            values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect()
-        })
-        .collect();
-    let mut views = Vec::new();
-    for ((name, shape, _), bytes) in parts.iter().zip(&bytes) {
-        let view =
-            TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|error| error.to_string())?;
-        views.push((name.as_str(), view));
+    metadata: &BTreeMap<String, String>,
+) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::json!(metadata));
+    let mut end = 0;
+    for (name, shape, values) in parts {
+        let begin = end;
+        end += 4 * values.len();
+        let entry =
+            serde_json::json!({"dtype": "F32", "shape": shape, "data_offsets": [begin, end]});
+        header.insert(name.clone(), entry);
     }
-    safetensors::serialize(views, Some(metadata)).map_err(|error| error.to_string())
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    // The values stand at a multiple of 8 bytes.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = Vec::with_capacity(8 + header.len() + end);
+    bytes.extend((header.len() as u64).to_le_bytes());
+    bytes.extend(header);
+    for (_, _, values) in parts {
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    }
+    bytes
 }
