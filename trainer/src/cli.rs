@@ -5,20 +5,25 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::exit::TABLE;
-use crate::{evaluate, export, prepare, quantize, train, verify};
+use crate::{demo, evaluate, export, phantom, prepare, quantize, stats, train, verify};
 
 /// Trains, evaluates, quantizes and exports a pulmonary embolism classifier.
 #[derive(Debug, Parser)]
-#[command(name = "trainer", version, about, after_help = TABLE)]
+#[command(name = "trainer", version, about, after_help = TABLE, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     /// What to do; without a command the whole pipeline runs on a phantom, into runs/demo
     #[command(subcommand)]
     pub command: Option<Command>,
+    /// Without a command: the demo's arguments.
+    #[command(flatten)]
+    pub demo: demo::DemoArgs,
 }
 
 /// The stages.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Write synthetic studies as DICOM or JPEG, in the layouts that `prepare` reads
+    Phantom(phantom::PhantomArgs),
     /// Decode a source into a cache folder
     Prepare(prepare::PrepareArgs),
     /// Measure a model on a part of a cache and write the report
@@ -31,6 +36,8 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Hold an int8 file against its f32 file: exit 1 when it is not good enough
     Verify(verify::VerifyArgs),
+    /// Count a cache: classes, labels, spacing, leaks
+    Stats(stats::StatsArgs),
 }
 
 /// Runs a parsed command line.
@@ -39,12 +46,14 @@ pub enum Command {
 /// What the stage says; [`crate::exit::code_of`] gives the exit code.
 pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
+        Some(Command::Phantom(args)) => phantom::run(args),
         Some(Command::Prepare(args)) => prepare::run(args),
         Some(Command::Evaluate(args)) => evaluate::run(args),
         Some(Command::Train(args)) => train::run(args),
         Some(Command::Export(args)) => export::run(args),
         Some(Command::Quantize(args)) => quantize::run(args),
         Some(Command::Verify(args)) => verify::run(args),
-        None => Ok(ExitCode::SUCCESS),
+        Some(Command::Stats(args)) => stats::run(args),
+        None => demo::run(&cli.demo),
     }
 }

@@ -386,6 +386,25 @@ impl Evaluation {
     }
 }
 
+/// Writes what was found into a model's manifest: data, figures, operating points, temperature and study rule.
+pub fn complete(manifest: &mut shared::manifest::Manifest, evaluation: &Evaluation, cache: &Cache) {
+    let trained = cache.rows().iter().filter(|row| row.part == Part::Train);
+    let mut studies: Vec<&str> = trained.clone().map(|row| row.study_uid.as_str()).collect();
+    studies.sort_unstable();
+    studies.dedup();
+    manifest.preprocess = cache.manifest().preprocess.clone();
+    manifest.training_data = shared::manifest::TrainingData {
+        kind: cache.manifest().kind,
+        digest: cache.digest(),
+        n_studies: studies.len() as u64,
+        n_slices: trained.count() as u64,
+    };
+    manifest.metrics = evaluation.manifest_metrics();
+    manifest.operating_points = evaluation.operating_points.clone();
+    manifest.temperature = Some(evaluation.temperature);
+    manifest.study_rule = Some(evaluation.study_rule);
+}
+
 fn judge(predictor: &mut Predictor, cache: &Cache, rows: Vec<usize>) -> Result<Judged> {
     let logits = predictor.logits(cache, &rows)?;
     let n_bad = logits.iter().filter(|logit| !logit.is_finite()).count();

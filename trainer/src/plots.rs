@@ -318,28 +318,27 @@ fn columns(path: &Path, names: &[&str; 2]) -> Option<Vec<[f64; 2]>> {
     (!rows.is_empty()).then_some(rows)
 }
 
-/// A horizontal bar chart of counts, for `trainer stats`.
+/// A horizontal bar chart of shares, for `trainer stats`: name, count, total.
 #[must_use]
 pub fn bars(title: &str, bars: &[(String, u64, u64)]) -> String {
     let height = 34.0 + 24.0 * bars.len() as f64;
-    let longest = bars.iter().map(|bar| bar.2).max().unwrap_or(1).max(1) as f64;
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 640 {height}\" role=\"img\" aria-label=\"{title}\" font-family=\"system-ui,sans-serif\" font-size=\"12\"><text x=\"8\" y=\"18\" font-weight=\"600\" fill=\"{INK}\">{title}</text>"
     );
     for (index, (name, n, total)) in bars.iter().enumerate() {
         let y = 30.0 + 24.0 * index as f64;
-        let width = |count: u64| 300.0 * count as f64 / longest;
-        let share = 100.0 * *n as f64 / (*total).max(1) as f64;
+        let width = 280.0 * *n as f64 / (*total).max(1) as f64;
+        let share = width / 2.8;
         // Writing to a String does not fail.
         _ = write!(
             text,
             "<text x=\"190\" y=\"{:.0}\" text-anchor=\"end\" fill=\"{INK}\">{}</text><rect x=\"200\" y=\"{y:.0}\" width=\"{:.1}\" height=\"16\" rx=\"2\" fill=\"{FAINT}\"/><rect x=\"200\" y=\"{y:.0}\" width=\"{:.1}\" height=\"16\" rx=\"2\" fill=\"{}\"/><text x=\"{:.1}\" y=\"{:.0}\" fill=\"{INK}\">{n} of {total} ({share:.1} %)</text>",
             y + 12.0,
             escaped(name),
-            width(*total),
-            width(*n),
+            280.0,
+            width,
             COLOURS[0],
-            208.0 + width(*total),
+            488.0,
             y + 12.0,
         );
     }

@@ -24,9 +24,11 @@ use shared::{CHANNELS, SIDE, TENSOR_BYTES, dicom};
 
 use crate::cache::{Cache, CacheManifest, FORMAT_VERSION, LeftOut, write_atomically};
 use crate::exit::{Exit, fault};
-use crate::index::{self, Row};
+use crate::index::{self, Part, Row};
 use crate::progress::Progress;
-use crate::source::{Labels, Listed, Origin, Source, Unit, identifier};
+use crate::source::{
+    HELD_OUT_KEPT, Labels, Listed, NEGATIVES_KEPT, Origin, Source, Unit, identifier,
+};
 use crate::split::{self, PERCENT_TRAIN_VAL, SplitBy};
 
 /// Largest file that is read.
@@ -67,6 +69,9 @@ pub struct PrepareArgs {
     /// Rows and columns of a phantom slice
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u16).range(64..=1024))]
     pub matrix: u16,
+    /// Leave most negative training slices and half of the held-out phantom studies unpainted
+    #[arg(long, requires = "phantom")]
+    pub thin: bool,
     /// Seed of the phantom and of the split
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
@@ -152,6 +157,7 @@ fn source(args: &PrepareArgs) -> Result<Source> {
             args.seed,
             args.slices,
             args.matrix,
+            args.thin,
         )),
         _ => Err(fault(Exit::Usage, "one source is needed")),
     }
@@ -499,16 +505,17 @@ fn decode_unit(
     let mut left_out = Vec::new();
     let (exam, mut slices) = match &source.origin {
         Origin::Phantom {
-            seed,
+            seed: phantom_seed,
             n_slices,
             matrix,
+            is_thin,
         } => {
             let number = u32::try_from(unit_number)?;
-            let plan = StudyPlan::new(*seed, number, *n_slices, *matrix);
+            let plan = StudyPlan::new(*phantom_seed, number, *n_slices, *matrix);
             hasher
-                .update(&seed.to_le_bytes())
+                .update(&phantom_seed.to_le_bytes())
                 .update(&number.to_le_bytes());
-            phantom_study(&plan, spec)?
+            phantom_study(&plan, spec, is_thin.then_some(seed))?
         }
         Origin::Rsna(folder) => {
             let folder = folder.join(&*unit.study).join(&*unit.series);
@@ -571,14 +578,29 @@ fn exam_of(unit: &Unit) -> Exam {
     }
 }
 
-fn phantom_study(plan: &StudyPlan, spec: &PreprocessSpec) -> Result<(Exam, Vec<Decoded>)> {
+/// Paints a study; a thin one, whose split has the seed `thin`, as [`Origin::Phantom`] says.
+fn phantom_study(
+    plan: &StudyPlan,
+    spec: &PreprocessSpec,
+    thin: Option<u64>,
+) -> Result<(Exam, Vec<Decoded>)> {
     let exam = Exam {
         study: Some(identifier(&plan.uid(UidRole::Study))),
         series: Some(identifier(&plan.uid(UidRole::Series))),
         labels: Some(plan.labels().columns().map(|(_, value)| value)),
         is_stack: true,
     };
-    let painted: Vec<_> = (0..plan.n_slices())
+    let study = plan.uid(UidRole::Study);
+    let part = thin.map(|seed| split::part(SplitBy::Study, seed, &study, ""));
+    let is_kept = |index: &u32| match part {
+        None => true,
+        Some(Part::Train) => {
+            plan.pe_present(*index) || is_one_in(NEGATIVES_KEPT, &plan.uid(UidRole::Slice(*index)))
+        }
+        Some(Part::Val | Part::Test) => is_one_in(HELD_OUT_KEPT, &study),
+    };
+    let kept: Vec<u32> = (0..plan.n_slices()).filter(is_kept).collect();
+    let painted: Vec<_> = kept
         .into_par_iter()
         .map(|index| {
             let slice = plan.slice(index);
@@ -605,6 +627,13 @@ fn phantom_study(plan: &StudyPlan, spec: &PreprocessSpec) -> Result<(Exam, Vec<D
         });
     }
     Ok((exam, slices))
+}
+
+/// One identifier in `n`, by a hash.
+fn is_one_in(n: u64, identifier: &str) -> bool {
+    let digest = blake3::hash(identifier.as_bytes());
+    let word = digest.as_bytes().iter().take(8);
+    word.fold(0_u64, |word, &byte| (word << 8) | u64::from(byte)) % n == 0
 }
 
 /// Tensors of the slices of one series, in order.
@@ -896,7 +925,7 @@ mod tests {
     #[test]
     fn shards_merge_to_the_bytes_of_one_run_though_one_was_killed() {
         let folder = tempfile::tempdir().unwrap();
-        let source = Source::phantom(7, 3, 3, 64);
+        let source = Source::phantom(7, 3, 3, 64, false);
         let spec = PreprocessSpec::default();
         let whole = folder.path().join("whole");
         prepare(&source, &spec, 3, None, &whole).unwrap();
@@ -926,10 +955,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("cache");
         let spec = PreprocessSpec::default();
-        let first = prepare(&Source::phantom(1, 1, 2, 64), &spec, 1, None, &out).unwrap();
-        let again = prepare(&Source::phantom(1, 1, 2, 64), &spec, 1, None, &out).unwrap();
+        let first = prepare(&Source::phantom(1, 1, 2, 64, false), &spec, 1, None, &out).unwrap();
+        let again = prepare(&Source::phantom(1, 1, 2, 64, false), &spec, 1, None, &out).unwrap();
         assert_eq!(first, again);
-        let error = prepare(&Source::phantom(1, 2, 2, 64), &spec, 2, None, &out).unwrap_err();
+        let error =
+            prepare(&Source::phantom(1, 2, 2, 64, false), &spec, 2, None, &out).unwrap_err();
         assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
     }
 

@@ -38,8 +38,15 @@ pub enum Origin {
         n_slices: u32,
         /// Rows and columns of a slice.
         matrix: u16,
+        /// Whether most of what a small training run does not need is left unpainted: see [`NEGATIVES_KEPT`] and [`HELD_OUT_KEPT`].
+        is_thin: bool,
     },
 }
+
+/// Of the negative slices of a thin phantom's training studies one in this many is painted: about as many as there are positive ones.
+pub const NEGATIVES_KEPT: u64 = 12;
+/// Of a thin phantom's studies for validation and test one in this many is painted, whole.
+pub const HELD_OUT_KEPT: u64 = 2;
 
 /// One slice that the source lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +138,7 @@ impl Source {
 
     /// A phantom's studies 0 to `n_studies` of a seed.
     #[must_use]
-    pub fn phantom(n_studies: u32, seed: u64, n_slices: u32, matrix: u16) -> Self {
+    pub fn phantom(n_studies: u32, seed: u64, n_slices: u32, matrix: u16, is_thin: bool) -> Self {
         let unit = Unit {
             study: "".into(),
             series: "".into(),
@@ -143,6 +150,7 @@ impl Source {
                 seed,
                 n_slices,
                 matrix,
+                is_thin,
             },
             units: vec![unit; n_studies as usize],
         }
@@ -172,9 +180,15 @@ impl Source {
                 seed,
                 n_slices,
                 matrix,
+                is_thin,
             } => format!(
-                "phantom: {} synthetic studies of {n_slices} slices, {matrix} x {matrix}, seed {seed}",
-                self.units.len()
+                "phantom: {} synthetic studies of {n_slices} slices, {matrix} x {matrix}, seed {seed}{}",
+                self.units.len(),
+                if is_thin {
+                    format!("; thinned: of the training part all positive slices and one negative in {NEGATIVES_KEPT}, of the other parts one study in {HELD_OUT_KEPT}, whole")
+                } else {
+                    String::new()
+                }
             ),
         }
     }
