@@ -437,6 +437,10 @@ unsafe fn forward_row<V: Vector, const STRIDE: usize, const TILE: usize>(
 /// # Safety
 /// As [`forward_row`], `column + POOLED` at most the pooled columns.
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "the index runs through two arrays of different order at once"
+)]
 unsafe fn forward_tile<
     V: Vector,
     const STRIDE: usize,
@@ -967,6 +971,11 @@ impl CustomOp3 for ConvolutionReluPool {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "the tests' small numbers"
+)]
 mod tests {
     use super::*;
     use crate::operators::definition::{self, Map};

@@ -132,11 +132,14 @@ pub(crate) use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Vector;
-    #[expect(
-        clippy::wildcard_imports,
-        reason = "vector intrinsics carry their prefix"
-    )]
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m256, __m512, _CMP_GT_OQ, _mm_storeu_si128, _mm256_add_ps, _mm256_and_ps,
+        _mm256_blendv_ps, _mm256_cmp_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+        _mm256_setzero_ps, _mm256_storeu_ps, _mm512_add_ps, _mm512_cmp_ps_mask,
+        _mm512_cvtepi32_epi8, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_epi32,
+        _mm512_mask_mov_ps, _mm512_maskz_mov_ps, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+    };
 
     /// 16 lanes.
     #[derive(Debug, Clone, Copy)]
