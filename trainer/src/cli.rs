@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::exit::TABLE;
-use crate::{demo, evaluate, export, phantom, prepare, quantize, stats, train, verify};
+use crate::{compare, demo, evaluate, export, phantom, prepare, quantize, stats, train, verify};
 
 /// Trains, evaluates, quantizes and exports a pulmonary embolism classifier.
 #[derive(Debug, Parser)]
@@ -36,6 +36,8 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Hold an int8 file against its f32 file: exit 1 when it is not good enough
     Verify(verify::VerifyArgs),
+    /// Train the publication's systems and print its table with ours beside it
+    Compare(compare::CompareArgs),
     /// Count a cache: classes, labels, spacing, leaks
     Stats(stats::StatsArgs),
 }
@@ -53,6 +55,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Export(args)) => export::run(args),
         Some(Command::Quantize(args)) => quantize::run(args),
         Some(Command::Verify(args)) => verify::run(args),
+        Some(Command::Compare(args)) => compare::run(args),
         Some(Command::Stats(args)) => stats::run(args),
         None => demo::run(&cli.demo),
     }

@@ -10,6 +10,7 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod classify;
 pub mod cli;
+pub mod compare;
 pub mod controls;
 pub mod demo;
 pub mod evaluate;
