@@ -27,6 +27,8 @@ use crate::onnx::{
     self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
 
+/// Key in the manifest's `tools` of a file whose channels were equalised: its tensors differ from the f32 file's by a factor a channel.
+pub const EQUALISED: &str = "equalised";
 /// Images of the self-test that the manifest states.
 const SELF_TESTS: usize = 3;
 /// Largest factor by which equalisation moves a channel.
@@ -1338,6 +1340,11 @@ pub fn quantize_file(
         "calibration_slices".to_owned(),
         report.n_calibration.to_string(),
     );
+    if report.is_equalised {
+        manifest
+            .tools
+            .insert(EQUALISED.to_owned(), "true".to_owned());
+    }
     if options.profile == Profile::Tensorrt {
         manifest
             .tools
@@ -1452,13 +1459,19 @@ mod tests {
 
     #[test]
     fn float_file_has_the_recorded_structure() {
-        check_structure(&float_model("final", 0.125), "FLOAT_FINAL");
+        check_structure(
+            &float_model("final", 0.125),
+            "1b2dcfa53bfb0275a8883d9a6351d27415c7f4ba7ee132dab1d0f7e5afc3f0e9",
+        );
     }
 
     #[test]
     fn int8_file_has_the_recorded_structure() {
         let (model, _) = quantized(&float_model("final", 0.03125), &fast());
-        check_structure(&model, "INT8_FINAL");
+        check_structure(
+            &model,
+            "076d332b70507f62c986000613281e30941129ab4382a35a8c5d94ea9ebdf798",
+        );
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::export::{LOGIT, write_file};
 use crate::index::Part;
 use crate::metrics::{Measures, NAMES, Sample, Sorted};
 use crate::onnx::{self, ModelProto};
+use crate::quantize::EQUALISED;
 
 /// Sensitivity that quantization may cost, in percentage points, where nothing else is said.
 pub const DEFAULT_MARGIN_POINTS: f64 = 0.5;
@@ -216,9 +217,11 @@ pub fn verify(
         manifest.precision == Precision::Int8,
         "the int8 file says that it is f32"
     );
+    let is_equalised = manifest.tools.contains_key(EQUALISED);
     let tensors = noise(
         &float_model,
         &int8_model,
+        is_equalised,
         &images[..n_noise_slices.min(images.len())],
     )?;
     drop(int8_model);
@@ -429,21 +432,33 @@ impl Both {
 }
 
 /// Signal-to-noise ratio of every tensor that both files compute under the same name and that is quantized in the int8 file, and of the logit.
+/// Flatten is left out: it is its input. Where the file was equalised, each channel is first brought back by the factor that fits best,
+/// and the one degree of freedom this takes is given back.
 fn noise(
     float: &ModelProto,
     int8: &ModelProto,
+    is_equalised: bool,
     images: &[&[u8]],
 ) -> anyhow::Result<Vec<TensorNoise>> {
+    let nodes = &float.graph()?.node;
+    let flattened = nodes.iter().filter(|node| node.op_type == "Flatten");
+    let flattened: Vec<&str> = flattened.map(|node| node.output[0].as_str()).collect();
     let quantized = int8
         .graph()?
         .node
         .iter()
-        .filter(|node| node.op_type == "DequantizeLinear")
-        .map(|node| node.output[0].as_str());
-    let mut wanted: Vec<&str> = quantized.chain([LOGIT]).collect();
+        .filter(|node| node.op_type == "DequantizeLinear");
+    let mut wanted: Vec<&str> = quantized
+        .map(|node| node.output[0].as_str())
+        .chain([LOGIT])
+        .collect();
     let (float, int8) = (FloatGraph::new(float)?, FloatGraph::new(int8)?);
-    wanted.retain(|name| *name != "image_scaled" && float.tensors().any(|tensor| tensor == *name));
-    let of_image = |image: &&[u8]| -> anyhow::Result<BTreeMap<String, [f64; 2]>> {
+    wanted.retain(|name| {
+        *name != "image_scaled"
+            && !flattened.contains(name)
+            && float.tensors().any(|tensor| tensor == *name)
+    });
+    let of_image = |image: &&[u8]| -> anyhow::Result<BTreeMap<String, Vec<Sums>>> {
         let mut values = BTreeMap::new();
         float.logit(image, &mut |name, tensor| {
             if wanted.contains(&name) {
@@ -455,30 +470,82 @@ fn noise(
             let Some(reference) = values.remove(name) else {
                 return;
             };
-            let pairs = reference
-                .iter()
-                .zip(&tensor.values)
-                .map(|(a, b)| (f64::from(*a), f64::from(*b)));
-            let sum = pairs.fold([0.0, 0.0], |[signal, noise], (a, b)| {
-                [signal + a * a, noise + (a - b) * (a - b)]
-            });
-            sums.insert(name.to_owned(), sum);
+            let n_channels = tensor.shape.first().copied().unwrap_or(1).max(1);
+            let a_channel = (tensor.values.len() / n_channels).max(1);
+            let channels = reference
+                .chunks_exact(a_channel)
+                .zip(tensor.values.chunks_exact(a_channel));
+            sums.insert(
+                name.to_owned(),
+                channels.map(|(a, b)| Sums::of(a, b)).collect(),
+            );
         })?;
         Ok(sums)
     };
-    let of_images: Vec<BTreeMap<String, [f64; 2]>> =
+    let of_images: Vec<BTreeMap<String, Vec<Sums>>> =
         images.par_iter().map(of_image).collect::<Result<_, _>>()?;
     let noise_of = |name: &&str| {
-        let sums = of_images.iter().filter_map(|sums| sums.get(*name));
-        let [signal, noise] = sums.fold([0.0, 0.0], |[signal, noise], sum| {
-            [signal + sum[0], noise + sum[1]]
-        });
+        let mut total: Vec<Sums> = Vec::new();
+        for sums in of_images.iter().filter_map(|sums| sums.get(*name)) {
+            total.resize(sums.len(), Sums::default());
+            total
+                .iter_mut()
+                .zip(sums)
+                .for_each(|(total, sums)| total.add(sums));
+        }
+        let signal: f64 = total.iter().map(|sums| sums.reference).sum();
+        let noise: f64 = total
+            .iter()
+            .map(|sums| sums.noise(is_equalised && *name != LOGIT))
+            .sum();
         TensorNoise {
             tensor: (*name).to_owned(),
             snr_db: 10.0 * (signal / noise).log10(),
         }
     };
     Ok(wanted.iter().map(noise_of).collect())
+}
+
+/// Sums over the values of one channel of both files.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    n: f64,
+    reference: f64,
+    product: f64,
+    other: f64,
+}
+
+impl Sums {
+    fn of(reference: &[f32], other: &[f32]) -> Self {
+        let mut sums = Self::default();
+        for (&a, &b) in reference.iter().zip(other) {
+            let (a, b) = (f64::from(a), f64::from(b));
+            sums.add(&Self {
+                n: 1.0,
+                reference: a * a,
+                product: a * b,
+                other: b * b,
+            });
+        }
+        sums
+    }
+
+    fn add(&mut self, more: &Self) {
+        self.n += more.n;
+        self.reference += more.reference;
+        self.product += more.product;
+        self.other += more.other;
+    }
+
+    /// Sum of squared differences, after the best factor where `is_fitted`.
+    fn noise(&self, is_fitted: bool) -> f64 {
+        if is_fitted && self.other > 0.0 && self.n > 1.0 {
+            let left = (self.reference - self.product * self.product / self.other).max(0.0);
+            left * self.n / (self.n - 1.0)
+        } else {
+            (self.reference - 2.0 * self.product + self.other).max(0.0)
+        }
+    }
 }
 
 /// The temperature T of least mean cross-entropy of sigmoid(logit / T) (Guo et al. 2017, section 4.2), in [0.01, 100]; NaN where one class is
@@ -663,6 +730,22 @@ mod tests {
                 "{pair:?}"
             );
         }
+    }
+
+    #[test]
+    fn channel_factor_of_an_equalised_file_is_no_noise() {
+        let reference: Vec<f32> = (0..1000)
+            .map(|index| (index as f32 * 0.37).sin().max(0.0))
+            .collect();
+        let noisy = |factor: f32| -> Vec<f32> {
+            let of_index = |(index, value): (usize, &f32)| {
+                factor * (value + 0.001 * (index as f32 * 1.7).cos())
+            };
+            reference.iter().enumerate().map(of_index).collect()
+        };
+        let plain = Sums::of(&reference, &noisy(1.0)).noise(false);
+        let fitted = Sums::of(&reference, &noisy(3.0)).noise(true);
+        assert!((fitted / plain - 1.0).abs() < 0.01, "{plain} {fitted}");
     }
 
     #[test]
