@@ -146,8 +146,9 @@ fn solve(mut matrix: [Features; N_WEIGHTS], mut right: Features) -> Features {
     for pivot in 0..N_WEIGHTS {
         for row in pivot + 1..N_WEIGHTS {
             let factor = matrix[row][pivot] / matrix[pivot][pivot];
-            for column in pivot..N_WEIGHTS {
-                matrix[row][column] -= factor * matrix[pivot][column];
+            let pivot_row = matrix[pivot];
+            for (value, above) in matrix[row].iter_mut().zip(pivot_row).skip(pivot) {
+                *value -= factor * above;
             }
             right[row] -= factor * right[pivot];
         }

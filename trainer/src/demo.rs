@@ -70,25 +70,25 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let began = Instant::now();
     let out = &args.out;
     std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
-    tell("1/6 phantom -> cache")?;
+    tell("1/6 phantom -> cache");
     let cache = cache(args)?;
-    tell("2/6 train")?;
+    tell("2/6 train");
     let stop = crate::interrupt::watch().context("waiting for Ctrl-C")?;
     let summary = train::train_until(&options(args), &cache, out, stop)?;
     if summary.is_stopped {
-        tell("stopped; the same command continues")?;
+        tell("stopped; the same command continues");
         return Ok(Exit::Ok.into());
     }
-    tell("3/6 evaluate on held-out studies")?;
+    tell("3/6 evaluate on held-out studies");
     let mut float = Predictor::open(&summary.weights)?;
     let evaluation = evaluate::evaluate(&mut float, &cache, Part::Test, SplitBy::Study, args.seed)?;
-    tell("4/6 export and quantize")?;
+    tell("4/6 export and quantize");
     let files = model_files(args, &cache, &summary.weights, &evaluation)?;
-    tell("5/6 evaluate the int8 file and write the report")?;
+    tell("5/6 evaluate the int8 file and write the report");
     let mut int8 = Predictor::open(&files.int8)?;
     let evaluation = evaluate::evaluate(&mut int8, &cache, Part::Test, SplitBy::Study, args.seed)?;
     evaluate::write_all(&evaluation, &cache, int8.manifest(), out)?;
-    tell("6/6 classify with the int8 file")?;
+    tell("6/6 classify with the int8 file");
     let study = held_out_study(args)?;
     let mut text = String::from("\nheld-out synthetic study (with embolus):\n");
     text += &classify::table(&classify::folder(&mut int8, &study)?, &int8);
@@ -141,9 +141,8 @@ fn closing(out: &Path, files: &Files, study: &Path, began: Instant) -> String {
 }
 
 #[expect(clippy::print_stderr, reason = "messages go to standard error")]
-fn tell(stage: &str) -> Result<()> {
+fn tell(stage: &str) {
     eprintln!("{stage}");
-    Ok(())
 }
 
 fn cache(args: &DemoArgs) -> Result<Cache> {

@@ -25,7 +25,7 @@ pub struct Predictor {
 
 #[derive(Debug)]
 enum Loaded {
-    Engine(engine::Session),
+    Engine(Box<engine::Session>),
     Candle(Network, Device),
 }
 
@@ -50,7 +50,7 @@ impl Predictor {
                 };
                 let model = engine::Model::load(&bytes, &options).with_context(context)?;
                 let manifest = model.manifest().cloned();
-                (Loaded::Engine(model.session()), manifest)
+                (Loaded::Engine(Box::new(model.session())), manifest)
             }
             Some("safetensors") => {
                 let device = Device::Cpu;

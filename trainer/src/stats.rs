@@ -103,7 +103,9 @@ pub fn run(args: &StatsArgs) -> Result<ExitCode> {
 #[must_use]
 pub fn stats(cache: &Cache) -> Stats {
     let rows = cache.rows();
-    let mut studies: BTreeMap<&str, (bool, BTreeSet<Part>, Option<[bool; 13]>)> = BTreeMap::new();
+    /// Whether positive, the parts, the labels.
+    type Study = (bool, BTreeSet<Part>, Option<[bool; EXAM_LABELS.len()]>);
+    let mut studies: BTreeMap<&str, Study> = BTreeMap::new();
     for row in rows {
         let study = studies.entry(row.study_uid.as_str()).or_default();
         study.0 |= row.pe_present;
