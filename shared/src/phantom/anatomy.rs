@@ -7,6 +7,9 @@ use super::canvas::{Outline, Point};
 use super::random::Random;
 use super::vessels::Side;
 
+/// Nearly a full turn, in radians: the range of a random phase.
+const PHASE: f64 = 628.0 / 100.0;
+
 /// Densities in HU.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Densities {
@@ -96,7 +99,7 @@ impl Anatomy {
             sway: [
                 random.range(-0.06, 0.06),
                 random.range(0.0, 2.5),
-                random.range(0.0, 6.28),
+                random.range(0.0, PHASE),
             ],
             cavity: [random.range(120.0, 134.0), random.range(80.0, 94.0)],
             cavity_power: random.range(2.1, 2.5),
@@ -111,10 +114,10 @@ impl Anatomy {
             ribs: [random.range(22.0, 27.0), random.range(90.0, 104.0)],
             densities,
             phases: [
-                random.range(0.0, 6.28),
-                random.range(0.0, 6.28),
-                random.range(0.0, 6.28),
-                random.range(0.0, 6.28),
+                random.range(0.0, PHASE),
+                random.range(0.0, PHASE),
+                random.range(0.0, PHASE),
+                random.range(0.0, PHASE),
             ],
         }
     }

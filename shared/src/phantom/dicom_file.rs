@@ -3,6 +3,7 @@
 //! Every name, number and date is obviously synthetic. Stored values follow the study's scanner ([`Storage`]); JPEG baseline alone cuts
 //! them to 8 bits with a slope of 8 HU.
 
+use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use alloc::{format, vec};
@@ -48,13 +49,13 @@ pub enum DicomFileError {
     },
     /// The JPEG encoder refused the image.
     #[error("the image could not be encoded")]
-    Encode(#[from] dicom_encoding::adapters::EncodeError),
+    Encode(#[source] Box<dicom_encoding::adapters::EncodeError>),
     /// The file meta information is not valid.
     #[error("the file meta information could not be built")]
-    Meta(#[from] dicom_object::meta::Error),
+    Meta(#[source] Box<dicom_object::meta::Error>),
     /// The data set could not be written.
     #[error("the data set could not be written")]
-    Write(#[from] dicom_object::WriteError),
+    Write(#[source] Box<dicom_object::WriteError>),
 }
 
 /// One slice as a whole Part 10 file of CT Image Storage.
@@ -747,6 +748,7 @@ fn finish(
             .implementation_class_uid(IMPLEMENTATION)
             .implementation_version_name("PE-EDGE-PHANTOM")
             .build()
+            .map_err(|error| DicomFileError::Meta(Box::new(error)))
     };
     let columns = object
         .get(tags::COLUMNS)
@@ -772,7 +774,9 @@ fn finish(
             let mut options = EncodeOptions::new();
             options.quality = Some(95);
             let mut jpeg = Vec::new();
-            writer.encode_frame(&native, 0, options, &mut jpeg)?;
+            writer
+                .encode_frame(&native, 0, options, &mut jpeg)
+                .map_err(|error| DicomFileError::Encode(Box::new(error)))?;
             if jpeg.len() % 2 == 1 {
                 jpeg.push(0);
             }
@@ -784,7 +788,8 @@ fn finish(
     let mut file = Vec::new();
     object
         .with_exact_meta(meta(transfer_syntax_uid)?)
-        .write_all(&mut file)?;
+        .write_all(&mut file)
+        .map_err(|error| DicomFileError::Write(Box::new(error)))?;
     Ok(file)
 }
 

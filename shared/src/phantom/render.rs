@@ -440,9 +440,7 @@ fn texture(canvas: &mut Canvas, seed: u64, z: f64) {
     let seed = scatter(seed ^ u64::from(layer.cast_unsigned()));
     let node = |row: usize, column: usize| {
         let bits = scatter(seed ^ ((row * 4096 + column) as u64));
-        #[expect(clippy::cast_possible_truncation, reason = "the remainder is below 33")]
-        let value = (bits % 33) as i32 - 16;
-        value
+        (bits % 33) as i32 - 16
     };
     let mut above: Vec<i32> = (0..n).map(|column| node(0, column)).collect();
     let mut below: Vec<i32> = (0..n).map(|column| node(1, column)).collect();
