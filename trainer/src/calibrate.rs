@@ -426,7 +426,13 @@ mod tests {
         histogram.add(&bulk);
         histogram.add(&[40.0]);
         let ranges = histogram.ranges();
-        assert_eq!(ranges[&Method::MinMax].high, 40.0);
+        assert_eq!(
+            ranges[&Method::MinMax],
+            Range {
+                low: 0.0,
+                high: 40.0
+            }
+        );
         // The squared error of clipping at c, (40 - c)^2 + 10^6 (c / 255)^2 / 12, is least at c = 17.5.
         for method in [Method::Percentile, Method::Mse, Method::Entropy] {
             assert!(

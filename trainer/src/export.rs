@@ -574,3 +574,71 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::execute::FloatGraph;
+    use crate::network::Network;
+
+    #[test]
+    fn exported_file_gives_the_network_s_logits() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["vanilla", "two-conv-dense64", "final"] {
+            let architecture = architecture::find(name).unwrap();
+            let network = Network::new(architecture, 0.02, 7, &Device::Cpu).unwrap();
+            let (weights, out) = (
+                folder.path().join("model.safetensors"),
+                folder.path().join("model.onnx"),
+            );
+            network.save(&weights).unwrap();
+            export(&weights, &new_manifest(architecture, 0.02), &out).unwrap();
+            let model = onnx::read(&std::fs::read(&out).unwrap()).unwrap();
+            let graph = FloatGraph::new(&model).unwrap();
+            let mut image = vec![0; shared::TENSOR_BYTES];
+            shared::selftest::image(1, &mut image);
+            let ours = graph.logit(&image, &mut |_, _| {}).unwrap();
+            let images = Tensor::from_vec(image, (1, CHANNELS, SIDE, SIDE), &Device::Cpu).unwrap();
+            let logits = network.forward(&images).unwrap();
+            let candle = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+            // Sums of f32 in another order.
+            assert!(
+                (ours - candle).abs() <= 1e-4 * candle.abs().max(1.0),
+                "{name}: {ours} {candle}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_convolutional_row_exports_and_the_others_are_refused_by_name() {
+        for architecture in architecture::ARCHITECTURES {
+            let weights = random_weights(architecture, 0.01, 1);
+            if architecture.family == Family::Convolutional {
+                let model = float_model(architecture, 0.01, &weights.unwrap()).unwrap();
+                assert_eq!(model.graph().unwrap().output[0].name, LOGIT);
+            } else {
+                assert!(
+                    matches!(weights, Err(ExportError::NoNetwork { name }) if name == architecture.name)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn weights_of_another_shape_are_refused() {
+        let architecture = architecture::find("final").unwrap();
+        let mut weights = random_weights(architecture, 0.01, 1).unwrap();
+        weights.remove("dense2.bias");
+        assert!(matches!(
+            float_model(architecture, 0.01, &weights),
+            Err(ExportError::Missing { .. })
+        ));
+        let weights = random_weights(architecture, 0.02, 1).unwrap();
+        assert!(matches!(
+            float_model(architecture, 0.01, &weights),
+            Err(ExportError::Shape { .. })
+        ));
+    }
+}

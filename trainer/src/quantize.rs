@@ -174,19 +174,24 @@ pub fn quantize_model(
         return Err(QuantizeError::NoImages);
     }
     let plan = Plan::of(model.graph()?);
-    let reference = logits(&FloatGraph::new(model)?, selection)?;
+    let exported = FloatGraph::new(model)?;
+    let reference = logits(&exported, selection)?;
+    let as_exported = calibrate::observe(&exported, &plan.leaders, images, progress)?;
+    drop(exported);
     let mut best: Option<(ModelProto, QuantizeReport, f64)> = None;
     let mut tried = Vec::new();
     for &is_equalised in options.equalise.tried() {
         let mut float = model.clone();
-        let mut observed =
-            calibrate::observe(&FloatGraph::new(&float)?, &plan.leaders, images, progress)?;
-        if is_equalised {
-            equalise(&mut float, &plan, &observed)?;
-            observed =
-                calibrate::observe(&FloatGraph::new(&float)?, &plan.leaders, images, progress)?;
-        }
-        let ranges = choose_ranges(&float, &plan, &observed, selection, &reference, options)?;
+        let after_equalising;
+        let observed = if is_equalised {
+            equalise(&mut float, &plan, &as_exported)?;
+            let equalised = FloatGraph::new(&float)?;
+            after_equalising = calibrate::observe(&equalised, &plan.leaders, images, progress)?;
+            &after_equalising
+        } else {
+            &as_exported
+        };
+        let ranges = choose_ranges(&float, &plan, observed, selection, &reference, options)?;
         for &is_bias_corrected in options.correct_bias.tried() {
             if is_bias_corrected {
                 correct_biases(&mut float, &plan, &ranges, selection, options)?;

@@ -549,7 +549,7 @@ impl Sums {
 }
 
 /// The temperature T of least mean cross-entropy of sigmoid(logit / T) (Guo et al. 2017, section 4.2), in [0.01, 100]; NaN where one class is
-/// missing. Golden section search: the cross-entropy is convex in 1/T.
+/// missing or the least lies at an end. Golden section search: the cross-entropy is convex in 1/T.
 fn temperature(samples: &[Sample]) -> f64 {
     if samples.iter().all(|sample| sample.pe_present)
         || samples.iter().all(|sample| !sample.pe_present)
@@ -575,7 +575,13 @@ fn temperature(samples: &[Sample]) -> f64 {
             low = left
         }
     }
-    (-(low + high) / 2.0).exp()
+    let temperature = (-(low + high) / 2.0).exp();
+    // At an end of the interval nothing was found: the logits need a shift that a temperature cannot give.
+    if (0.0101..99.0).contains(&temperature) {
+        temperature
+    } else {
+        f64::NAN
+    }
 }
 
 fn text(report: &VerifyReport) -> String {
