@@ -1,0 +1,132 @@
+//! The same weights in three arithmetics: candle f32, the exported f32 file through tract, the int8 file on our kernels.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at the first fault; its helpers too"
+)]
+
+use candle_core::{DType, Device, Tensor};
+use engine::{Model, Options};
+use shared::phantom::{Finding, StudyPlan, UidRole};
+use shared::preprocess::Preprocessor;
+use shared::spec::PreprocessSpec;
+use shared::{CHANNELS, SIDE, TENSOR_BYTES};
+use trainer::export::{Weight, Weights, float_model};
+use trainer::network::Network;
+use trainer::{architecture, onnx, quantize};
+
+/// Candle and tract sum in different orders: 115,200 products of f32 at most, so a few units in the fifth digit.
+const FLOAT_TOLERANCE: f32 = 1e-4;
+
+/// Share of the logits' range over the images that quantization may move a logit by. Eight bits a tensor and a channel
+/// leave about 1 % on an untrained network; more says that a scale or a bias is wrong.
+const INT8_TOLERANCE: f32 = 0.05;
+
+/// Slices of the images: positive and negative studies alternate.
+const N_IMAGES: u32 = 12;
+
+/// u8 `[N_IMAGES, 3, 256, 256]` from phantoms.
+fn images() -> Vec<u8> {
+    let mut preprocessor = Preprocessor::new(&PreprocessSpec::default()).unwrap();
+    let mut images = vec![0; N_IMAGES as usize * TENSOR_BYTES];
+    for (index, image) in (0..N_IMAGES).zip(images.chunks_exact_mut(TENSOR_BYTES)) {
+        let finding = if index % 2 == 0 {
+            Finding::Positive
+        } else {
+            Finding::Negative
+        };
+        let slice = StudyPlan::with_finding(9, index, 30, 256, finding).slice(10 + index);
+        preprocessor
+            .tensor(&slice.pixels(&slice.bytes()), image)
+            .unwrap();
+    }
+    images
+}
+
+fn weights(network: &Network) -> Weights {
+    let weight = |variable: &Tensor| Weight {
+        shape: variable.dims().to_vec(),
+        values: variable.flatten_all().unwrap().to_vec1().unwrap(),
+    };
+    network
+        .parameters()
+        .iter()
+        .map(|p| (p.name.clone(), weight(&p.variable)))
+        .collect()
+}
+
+fn engine_logits(file: &[u8], images: &[u8]) -> Vec<f32> {
+    let mut logits = vec![0.0; images.len() / TENSOR_BYTES];
+    let model = Model::load(
+        file,
+        &Options {
+            kernel: None,
+            threads: 2,
+        },
+    )
+    .unwrap();
+    model.session().logits(images, &mut logits).unwrap();
+    logits
+}
+
+#[track_caller]
+fn check(name: &str, width: f64) {
+    let network = Network::new(architecture::find(name).unwrap(), width, 11, &Device::Cpu).unwrap();
+    let images = images();
+    let shape = (images.len() / TENSOR_BYTES, CHANNELS, SIDE, SIDE);
+    let scaled = (Tensor::from_vec(images.clone(), shape, &Device::Cpu)
+        .unwrap()
+        .to_dtype(DType::F32)
+        .unwrap()
+        / 255.0)
+        .unwrap();
+    let candle: Vec<f32> = network
+        .forward(&scaled)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap();
+
+    let float = float_model(network.architecture(), width, &weights(&network)).unwrap();
+    let tract = engine_logits(&onnx::write(&float).unwrap(), &images);
+    for (candle, tract) in candle.iter().zip(&tract) {
+        let allowed = FLOAT_TOLERANCE * candle.abs().max(1.0);
+        assert!(
+            (candle - tract).abs() <= allowed,
+            "{name}: candle {candle}, tract {tract}"
+        );
+    }
+
+    let calibration: Vec<&[u8]> = images.chunks_exact(TENSOR_BYTES).collect();
+    let (int8, _) =
+        quantize::quantize_model(&float, &calibration, &quantize::Options::default(), &|| ())
+            .unwrap();
+    let int8 = engine_logits(&onnx::write(&int8).unwrap(), &images);
+    let range = candle.iter().copied().fold(f32::MIN, f32::max)
+        - candle.iter().copied().fold(f32::MAX, f32::min);
+    for (candle, int8) in candle.iter().zip(&int8) {
+        assert!(
+            (candle - int8).abs() <= INT8_TOLERANCE * range,
+            "{name}: f32 {candle}, int8 {int8}, range {range}"
+        );
+    }
+}
+
+#[test]
+fn final_model_gives_the_same_logits_in_candle_tract_and_int8() {
+    check("final", 1.0 / 16.0);
+}
+
+#[test]
+fn a_two_convolution_model_gives_the_same_logits_in_candle_tract_and_int8() {
+    check("two-conv", 1.0 / 32.0);
+}
+
+#[test]
+fn phantom_studies_have_distinct_identifiers() {
+    let uids: Vec<String> = (0..20)
+        .map(|study| StudyPlan::new(9, study, 30, 256).uid(UidRole::Study))
+        .collect();
+    let distinct: std::collections::BTreeSet<&String> = uids.iter().collect();
+    assert_eq!(distinct.len(), uids.len());
+}
