@@ -4,7 +4,7 @@
     reason = "a test stops at the first fault; its helpers too"
 )]
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use engine::{Model, Options};
 use shared::phantom::{Finding, StudyPlan, UidRole};
 use shared::preprocess::Preprocessor;
@@ -73,14 +73,9 @@ fn check(name: &str, width: f64) {
     let network = Network::new(architecture::find(name).unwrap(), width, 11, &Device::Cpu).unwrap();
     let images = images();
     let shape = (images.len() / TENSOR_BYTES, CHANNELS, SIDE, SIDE);
-    let scaled = (Tensor::from_vec(images.clone(), shape, &Device::Cpu)
-        .unwrap()
-        .to_dtype(DType::F32)
-        .unwrap()
-        / 255.0)
-        .unwrap();
+    let batch = Tensor::from_vec(images.clone(), shape, &Device::Cpu).unwrap();
     let candle: Vec<f32> = network
-        .forward(&scaled)
+        .forward(&batch)
         .unwrap()
         .flatten_all()
         .unwrap()
