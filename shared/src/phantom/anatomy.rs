@@ -95,7 +95,7 @@ impl Anatomy {
                 size * random.range(0.92, 1.08),
                 size * random.range(0.95, 1.05),
             ],
-            offset_mm: [random.range(-10.0, 10.0), random.range(-12.0, 12.0)],
+            offset_mm: [random.range(-5.0, 5.0), random.range(-6.0, 6.0)],
             sway: [
                 random.range(-0.06, 0.06),
                 random.range(0.0, 2.5),
@@ -106,7 +106,7 @@ impl Anatomy {
             fat_mm: random.range(6.0, 30.0),
             muscle_mm: random.range(8.0, 16.0),
             has_breasts: random.chance(0.5),
-            artery_width: random.range(0.88, 1.14),
+            artery_width: random.range(1.1, 1.35),
             rv_lv_ratio,
             heart: random.range(0.92, 1.12),
             dome_z: [random.range(-72.0, -50.0), random.range(-82.0, -60.0)],

@@ -62,7 +62,7 @@ pub(super) fn emboli(arteries: &Tree, planes: &[f64], random: &mut Random) -> Ve
         _ => (false, false),
     };
     let mut wishes = Vec::new();
-    if random.chance(0.3) {
+    if random.chance(0.9) {
         wishes.push((
             true,
             if random.chance(0.5) {
@@ -72,11 +72,9 @@ pub(super) fn emboli(arteries: &Tree, planes: &[f64], random: &mut Random) -> Ve
             },
         ));
     }
-    for (side, probability) in [(Side::Left, 0.70), (Side::Right, 0.82)] {
+    for (side, probability) in [(Side::Left, 0.35), (Side::Right, 0.45)] {
         if random.chance(probability) {
-            for _ in 0..1 + random.below(3) {
-                wishes.push((false, side));
-            }
+            wishes.push((false, side));
         }
     }
     if wishes.is_empty() || (is_mixed && wishes.len() < 2) {
@@ -146,9 +144,7 @@ fn place(wish: Wish, arteries: &Tree, planes: &[f64], random: &mut Random) -> Op
         let place = if wish.is_central {
             branch.region == Region::Central
         } else {
-            branch.side == wish.side
-                && (branch.region == Region::Lobar
-                    || (branch.region == Region::Segmental && branch.tube.radius[0] > 3.0))
+            branch.side == wish.side && branch.region == Region::Lobar
         };
         place && planes.iter().any(|&z| branch.tube.touches(z, 0.5))
     };
@@ -167,14 +163,14 @@ fn place(wish: Wish, arteries: &Tree, planes: &[f64], random: &mut Random) -> Op
 fn follow(start: usize, wish: Wish, arteries: &Tree, random: &mut Random) -> Embolus {
     let first = arteries.branches[start];
     let wanted = match first.region {
-        Region::Central => random.range(18.0, 45.0),
-        Region::Lobar => random.range(14.0, 36.0),
+        Region::Central => random.range(35.0, 65.0),
+        Region::Lobar => random.range(20.0, 40.0),
         Region::Segmental | Region::Subsegmental => random.range(10.0, 24.0),
     };
     let fill = if wish.is_chronic {
         1.0
     } else if first.region <= Region::Lobar {
-        random.range(0.62, 0.9)
+        random.range(0.78, 0.95)
     } else {
         random.range(0.75, 1.0)
     };

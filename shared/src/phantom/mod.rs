@@ -444,11 +444,11 @@ mod tests {
             digest(4, 20, 512),
         ];
         let expected = [
-            "465559c5a8362b6a",
-            "6c8634310c036b72",
-            "63db14247029df2f",
-            "9b2b980a2e019655",
-            "8d79d35e1b54450f",
+            "973c70c6c76408f2",
+            "5f0734f0b7ed951e",
+            "6453b5c95c2ba4ba",
+            "20ce00aa582de8ae",
+            "a522ee16a97fcd51",
         ];
         assert_eq!(digests, expected);
     }
