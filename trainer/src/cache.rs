@@ -5,7 +5,7 @@
 //! each file is written under another name, synced and then renamed.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -15,6 +15,7 @@ use shared::TENSOR_BYTES;
 use shared::manifest::DataKind;
 use shared::spec::PreprocessSpec;
 
+use crate::checkpoint;
 use crate::index::{self, Part, Row};
 
 /// The format version that this code reads and writes.
@@ -208,30 +209,12 @@ pub fn file_digest(path: &Path) -> Result<String> {
     }
 }
 
-/// Writes `path` so that it is there whole or not at all: another name, sync, rename, sync of the folder.
+/// [`checkpoint::write_atomically`], its error naming the file.
 ///
 /// # Errors
 /// Whatever the file system answers.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let context = || format!("writing {}", path.display());
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let mut name = path
-        .file_name()
-        .context("a file name is missing")
-        .with_context(context)?
-        .to_owned();
-    name.push(".partial");
-    let partial = folder.join(name);
-    let mut file = File::create(&partial).with_context(context)?;
-    file.write_all(bytes).with_context(context)?;
-    file.sync_all().with_context(context)?;
-    std::fs::rename(&partial, path).with_context(context)?;
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .with_context(context)
+    checkpoint::write_atomically(path, bytes).with_context(|| format!("writing {}", path.display()))
 }
 
 #[allow(
