@@ -14,7 +14,6 @@ use shared::manifest::Manifest;
 use shared::phantom::{Finding, StudyPlan, UidRole, dicom_file};
 use shared::spec::PreprocessSpec;
 
-use crate::batches::Augmentation;
 use crate::cache::{Cache, write_atomically};
 use crate::evaluate::{self, Evaluation};
 use crate::exit::Exit;
@@ -34,9 +33,6 @@ const MARGIN_POINTS: f64 = 1.0;
 /// Slices on which the gate measures each tensor's noise.
 const N_NOISE_SLICES: usize = 16;
 
-/// Furthest that a training slice is moved, in pixels: emboli are not always at the same place.
-const SHIFT_PIXELS: u16 = 4;
-
 /// Arguments of `trainer` without a command.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DemoArgs {
@@ -50,7 +46,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "S", default_value_t = 1)]
     pub seed: u64,
     /// Synthetic studies
-    #[arg(long, value_name = "N", default_value_t = 2000)]
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     pub studies: u32,
     /// Slices of a study
     #[arg(long, value_name = "N", default_value_t = 24)]
@@ -59,7 +55,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "F", default_value_t = 0.0625)]
     pub width: f64,
     /// Passes over the training part
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 6)]
     pub epochs: u32,
     /// Images in a step
     #[arg(long, value_name = "N", default_value_t = 16)]
@@ -170,10 +166,6 @@ fn options(args: &DemoArgs) -> TrainOptions {
         batch: args.batch,
         seed: args.seed,
         schedule: Schedule::Cosine,
-        augmentation: Augmentation {
-            flip: false,
-            shift: SHIFT_PIXELS,
-        },
         resume: true,
         ..TrainOptions::default()
     }
