@@ -164,15 +164,13 @@ fn follow(start: usize, wish: Wish, arteries: &Tree, random: &mut Random) -> Emb
     let first = arteries.branches[start];
     let wanted = match first.region {
         Region::Central => random.range(35.0, 65.0),
-        Region::Lobar => random.range(20.0, 40.0),
-        Region::Segmental | Region::Subsegmental => random.range(10.0, 24.0),
+        // Emboli begin in lobar arteries or above; see [`place`].
+        _ => random.range(20.0, 40.0),
     };
     let fill = if wish.is_chronic {
         1.0
-    } else if first.region <= Region::Lobar {
-        random.range(0.78, 0.95)
     } else {
-        random.range(0.75, 1.0)
+        random.range(0.78, 0.95)
     };
     let direction = {
         let angle = random.range(0.0, core::f64::consts::TAU);
