@@ -14,6 +14,8 @@ mod heatmap;
 mod launch;
 mod model;
 mod report;
+#[expect(dead_code, reason = "the daemon that reads it comes next")]
+mod result;
 mod series;
 mod study;
 mod supervisor;
