@@ -25,7 +25,7 @@ use crate::heatmap;
 use crate::launch::launch;
 use crate::model::{ReadyModel, micros};
 use crate::report::{self, Answer, ModelWords, SliceResult};
-use crate::series::{SliceRecord, assemble};
+use crate::series::{Limits, SliceRecord, assemble};
 use crate::study::judge;
 use crate::supervisor::{Event, Stop, Supervisor, Tensor, WorkerCommand};
 use crate::tensor_file;
@@ -159,7 +159,10 @@ impl FileIntake<'_> {
                 self.object = Arc::new(object);
                 Ok(())
             }
-            Event::ObjectRefused(reason) => self.deliver(None, Err(reason)),
+            Event::ObjectRefused(refused) => {
+                self.object = Arc::new(refused.facts.unwrap_or_default());
+                self.deliver(None, Err(refused.reason))
+            }
             Event::Slice(frame_index, slice) => {
                 let frame = self.object.is_multi_frame.then_some(frame_index + 1);
                 self.deliver(frame, slice)
@@ -210,7 +213,7 @@ fn analyse(
         }
     }
     let is_any_analysed = records.iter().any(|record| record.logit.is_some());
-    for study in assemble(records) {
+    for study in assemble(records, &Limits::NONE) {
         let verdict = judge(&study, ready.manifest.study_rule.as_ref());
         report::study(out, form, &words, &study, &verdict).map_err(cannot_write)?;
     }

@@ -30,6 +30,9 @@ pub(crate) struct StudyResult {
     pub(crate) top: Vec<usize>,
     /// The other series, with the reason why they are not judged.
     pub(crate) not_judged: Vec<OtherSeries>,
+    /// What else must be known of this answer, each a sentence without patient data: slices that came again with other pixels, gaps.
+    #[serde(default)]
+    pub(crate) remarks: Vec<String>,
     /// Objects of the study that are not images for analysis (reports, captures), accepted and stored.
     pub(crate) n_other_objects: u64,
     /// The model.
@@ -78,6 +81,31 @@ pub(crate) enum Outcome {
         message: String,
     },
 }
+
+/// How far the analysis came, in the words of PS3.16 CID 7001's results and of every page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Attempt {
+    /// Every slice of the judged series was analysed.
+    Succeeded,
+    /// Some were.
+    PartiallySucceeded,
+    /// Slices were tried, none was analysed.
+    Failed,
+    /// By the gate, by the series' extent, by an identity conflict or a failed self-test nothing was tried.
+    NotAttempted,
+}
+
+/// Codes of [`Outcome::NotAnalysed`] where the analysis broke, not the study.
+const FAILURES: [&str; 5] = [
+    "worker",
+    "engine",
+    "decoder-failed",
+    "unreadable",
+    "codestream",
+];
+/// Code of a study in which objects name different patients.
+pub(crate) const IDENTITY_CONFLICT: &str = "identity-conflict";
 
 /// A slice of a study.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -152,6 +180,45 @@ impl StudyResult {
     /// Slices that were not.
     pub(crate) fn n_not_analysed(&self) -> usize {
         self.slices.len() - self.n_analysed()
+    }
+
+    /// How far the analysis came; `None` while nothing can be said.
+    pub(crate) fn attempt(&self) -> Option<Attempt> {
+        Some(match &self.outcome {
+            Outcome::Pending => return None,
+            Outcome::NotAnalysed { code, .. } if FAILURES.contains(&code.as_str()) => {
+                Attempt::Failed
+            }
+            Outcome::NotAnalysed { .. } => Attempt::NotAttempted,
+            Outcome::Positive | Outcome::NotDetected if self.n_not_analysed() == 0 => {
+                Attempt::Succeeded
+            }
+            Outcome::Positive | Outcome::NotDetected => Attempt::PartiallySucceeded,
+        })
+    }
+
+    /// The answer in words, without patient data.
+    pub(crate) fn words(&self) -> String {
+        let (n_analysed, n_slices) = (self.n_analysed(), self.slices.len());
+        match &self.outcome {
+            Outcome::Pending => format!("{n_analysed} of {n_slices} slices analysed so far"),
+            Outcome::Positive if self.state == State::Complete => {
+                format!("suspected on {n_analysed} of {n_slices} slices analysed")
+            }
+            Outcome::Positive => {
+                format!("suspected, provisional: {n_analysed} of {n_slices} slices analysed so far")
+            }
+            Outcome::NotDetected => format!("not detected on {n_analysed} of {n_slices} slices"),
+            Outcome::NotAnalysed { code, message } => format!("not analysed: {code}: {message}"),
+        }
+    }
+
+    /// Whether anything of it may leave the box: never while objects name different patients; with a model that was trained on the
+    /// phantom only for phantoms, unless the configuration allows it.
+    pub(crate) fn may_leave(&self, allow_demo_results: bool) -> bool {
+        let is_held =
+            matches!(&self.outcome, Outcome::NotAnalysed { code, .. } if code == IDENTITY_CONFLICT);
+        !is_held && (!self.model.is_demonstration || self.is_phantom || allow_demo_results)
     }
 
     /// Whether the answer is positive.

@@ -6,12 +6,17 @@
 //! The rules, in this order:
 //! 1. A slice that came more than once (same SOP Instance UID and frame) counts once: the first that was analysed, otherwise
 //!    the first. The others are counted as duplicates.
-//! 2. Slices are grouped by Series Instance UID. A group in which positions repeat (at least [`MIN_REPEATED`] slices and more than
-//!    one in ten lie within [`SAME_POSITION_MM`] of the one before) is split by Acquisition Number; refused slices, of which it is not known, go to the largest
-//!    part. A part in which positions still repeat is not judged (bolus tracking, several phases).
-//! 3. Of the groups with an analysed slice, the judged one is the first by: more than half of the slices ORIGINAL\PRIMARY; greater
-//!    coverage along z in steps of [`COVERAGE_STEP_MM`]; thinner slices; more analysed slices; smaller UID.
-//! 4. Within a group slices are ordered by position from feet to head; slices without one follow in order of arrival.
+//! 2. Slices are grouped by Series Instance UID. A group is split by the first three values of Image Type and by orientation (slices whose normals differ by
+//!    more than [`SAME_ORIENTATION_DEGREES`]). A part in which positions repeat (at least [`MIN_REPEATED`] slices and more than
+//!    one in ten lie within [`SAME_POSITION_MM`] of the one before) is split by Acquisition Number. Refused slices, of which none of this is known, go to the
+//!    largest part. A part in which positions still repeat is not judged (bolus tracking, several phases).
+//! 3. A part that covers less along z than [`Limits::min_coverage_mm`], or whose slices lie further apart than [`Limits::max_spacing_mm`]
+//!    in the median, is not judged.
+//! 4. Of the parts that are left, the judged one is the first by: more than half of the slices ORIGINAL\PRIMARY and AXIAL; no sharp (lung
+//!    or bone) kernel; greater coverage along z in steps of [`COVERAGE_STEP_MM`]; thinner slices; more analysed slices; smaller UID.
+//! 5. Within a part slices are ordered by position from feet to head; slices without one follow in order of arrival.
+//!
+//! None of them asks in which order slices or series came.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -24,8 +29,44 @@ use crate::wire::SliceFacts;
 pub(crate) const SAME_POSITION_MM: f64 = 0.05;
 /// Fewer repeated positions than this are an accident, not bolus tracking.
 pub(crate) const MIN_REPEATED: usize = 3;
+/// Normals closer than this are one orientation.
+pub(crate) const SAME_ORIENTATION_DEGREES: f64 = 1.0;
 /// Coverages are compared in steps of this, in mm.
 pub(crate) const COVERAGE_STEP_MM: f64 = 20.0;
+
+/// What a series must have along z to be judged.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Limits {
+    /// Least distance between the first and the last slice, in mm.
+    pub(crate) min_coverage_mm: f64,
+    /// Largest median distance between neighbours, in mm.
+    pub(crate) max_spacing_mm: f64,
+    /// A distance between neighbours above this and above [`GAP_SPACINGS`] median distances is a gap, in mm.
+    pub(crate) max_gap_mm: f64,
+}
+
+/// See [`Limits::max_gap_mm`]: a slice or two that were refused are counted on the result and are no gap.
+pub(crate) const GAP_SPACINGS: f64 = 3.5;
+
+impl Limits {
+    /// Anything goes: for files that somebody chose by hand.
+    pub(crate) const NONE: Self = Self {
+        min_coverage_mm: 0.0,
+        max_spacing_mm: f64::INFINITY,
+        max_gap_mm: f64::INFINITY,
+    };
+}
+
+impl Default for Limits {
+    /// A chest is 250 to 300 mm high; CT pulmonary angiograms have slices of at most 5 mm.
+    fn default() -> Self {
+        Self {
+            min_coverage_mm: 80.0,
+            max_spacing_mm: 10.0,
+            max_gap_mm: 15.0,
+        }
+    }
+}
 
 /// What is known of a slice after the network has seen it, or was spared it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -84,12 +125,86 @@ pub(crate) enum Why {
     /// Positions repeat.
     #[error("repeated-positions: several slices lie at one position")]
     RepeatedPositions,
+    /// It covers too little along z.
+    #[error("coverage: it covers less of the patient than a chest series must")]
+    Coverage,
+    /// Its slices lie too far apart.
+    #[error("spacing: its slices lie too far apart")]
+    Spacing,
     /// Another series comes first.
     #[error("rank: another series of the study comes first by the rule")]
     Rank,
 }
 
+impl Why {
+    /// Stable and machine-readable.
+    pub(crate) fn code(self) -> &'static str {
+        match self {
+            Self::NothingAnalysed => "nothing-analysed",
+            Self::RepeatedPositions => "repeated-positions",
+            Self::Coverage => "coverage",
+            Self::Spacing => "spacing",
+            Self::Rank => "rank",
+        }
+    }
+}
+
 impl Series {
+    /// Distance between the first and the last position, in mm; 0 where fewer than two are known.
+    pub(crate) fn coverage_mm(&self) -> f64 {
+        let low = self.positions().fold(f64::INFINITY, f64::min);
+        let high = self.positions().fold(f64::NEG_INFINITY, f64::max);
+        (high - low).max(0.0)
+    }
+
+    /// Median distance of neighbours, in mm; `None` below two positions. Slices must be sorted.
+    pub(crate) fn spacing_mm(&self) -> Option<f64> {
+        let mut distances = self.distances();
+        distances.sort_by(f64::total_cmp);
+        distances.get(distances.len() / 2).copied()
+    }
+
+    /// The largest distance of neighbours, in mm, where it is a gap by `limits`. Slices must be sorted.
+    pub(crate) fn gap_mm(&self, limits: &Limits) -> Option<f64> {
+        let usual_mm = self.spacing_mm()?;
+        let largest_mm = self.distances().into_iter().fold(0.0, f64::max);
+        let is_gap = largest_mm > limits.max_gap_mm && largest_mm > GAP_SPACINGS * usual_mm;
+        is_gap.then_some(largest_mm)
+    }
+
+    /// Median slice thickness in mm, so that it does not depend on the order of arrival.
+    pub(crate) fn thickness_mm(&self) -> Option<f64> {
+        let facts = self.slices.iter().filter_map(|slice| slice.facts.as_ref());
+        let mut thicknesses: Vec<f64> = facts.filter_map(|facts| facts.thickness_mm).collect();
+        thicknesses.sort_by(f64::total_cmp);
+        thicknesses.get(thicknesses.len() / 2).copied()
+    }
+
+    /// The kernel of most slices.
+    pub(crate) fn kernel(&self) -> Option<&str> {
+        let facts = self.slices.iter().filter_map(|slice| slice.facts.as_ref());
+        let mut kernels: Vec<&str> = facts.filter_map(|facts| facts.kernel.as_deref()).collect();
+        kernels.sort_unstable();
+        kernels.get(kernels.len() / 2).copied()
+    }
+
+    /// Whether more than half of the slices are original, primary and axial.
+    pub(crate) fn is_original(&self) -> bool {
+        let facts = || self.slices.iter().filter_map(|slice| slice.facts.as_ref());
+        let is_axial = |facts: &&SliceFacts| {
+            let third = facts.image_type.split('\\').nth(2);
+            facts.is_original_primary
+                && third.is_none_or(|value| value == "AXIAL" || value == "VOLUME")
+        };
+        2 * facts().filter(is_axial).count() > facts().count()
+    }
+
+    fn distances(&self) -> Vec<f64> {
+        let positions: Vec<f64> = self.positions().collect();
+        let distance = |pair: &[f64]| pair[1] - pair[0];
+        positions.windows(2).map(distance).collect()
+    }
+
     /// Slices that were analysed.
     pub(crate) fn n_analysed(&self) -> usize {
         let analysed = self.slices.iter().filter(|slice| slice.logit.is_some());
@@ -98,7 +213,7 @@ impl Series {
 
     fn positions(&self) -> impl Iterator<Item = f64> {
         let facts = self.slices.iter().filter_map(|slice| slice.facts.as_ref());
-        facts.filter_map(|facts| facts.z_mm)
+        facts.filter_map(|facts| facts.z_mm.filter(|z_mm| z_mm.is_finite()))
     }
 
     fn sort(&mut self) {
@@ -124,16 +239,14 @@ impl Series {
         clippy::cast_possible_truncation,
         reason = "`as` saturates, and positions that large rank equal"
     )]
-    fn rank(&self) -> (bool, Reverse<i64>, i64, Reverse<usize>, Option<Uid>) {
-        let facts = || self.slices.iter().filter_map(|slice| slice.facts.as_ref());
-        let n_original = facts().filter(|facts| facts.is_original_primary).count();
-        let low = self.positions().fold(f64::INFINITY, f64::min);
-        let high = self.positions().fold(f64::NEG_INFINITY, f64::max);
-        let steps = ((high - low).max(0.0) / COVERAGE_STEP_MM) as i64;
-        let thickness = facts().filter_map(|facts| facts.thickness_mm).next();
-        let thickness_um = thickness.map_or(i64::MAX, |mm| (mm * 1000.0) as i64);
+    fn rank(&self) -> (bool, bool, Reverse<i64>, i64, Reverse<usize>, Option<Uid>) {
+        let steps = (self.coverage_mm() / COVERAGE_STEP_MM) as i64;
+        let thickness_um = self
+            .thickness_mm()
+            .map_or(i64::MAX, |mm| (mm * 1000.0) as i64);
         (
-            2 * n_original <= facts().count(),
+            !self.is_original(),
+            self.kernel().is_some_and(is_sharp),
             Reverse(steps),
             thickness_um,
             Reverse(self.n_analysed()),
@@ -142,8 +255,31 @@ impl Series {
     }
 }
 
+/// Whether a kernel is a sharp one, for lung or bone, as vendors name them: in words, Siemens (B60f, Bl57, Br64 and above 50),
+/// Canon (FC30 to FC39, FC50 to FC59, FC80 and above), Philips (D, E, L, YA to YD).
+fn is_sharp(kernel: &str) -> bool {
+    let name = kernel
+        .split('\\')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_uppercase();
+    let words = ["LUNG", "BONE", "EDGE", "SHARP", "DETAIL", "ULTRA"];
+    let digits: String = name
+        .chars()
+        .skip_while(|c| c.is_ascii_alphabetic())
+        .take_while(char::is_ascii_digit)
+        .collect();
+    let number: u32 = digits.parse().unwrap_or(0);
+    let letters = name.trim_start_matches("FC").len() + 2 == name.len();
+    words.iter().any(|word| name.contains(word))
+        || ["D", "E", "L", "YA", "YB", "YC", "YD"].contains(&name.as_str())
+        || (letters && matches!(number, 30..=39 | 50..=59 | 80..=99))
+        || (name.starts_with(['B', 'H', 'J', 'U', 'I']) && (50..=99).contains(&number))
+}
+
 /// Assembles all studies of `records`; a record without Study Instance UID belongs to none.
-pub(crate) fn assemble(records: Vec<SliceRecord>) -> Vec<Study> {
+pub(crate) fn assemble(records: Vec<SliceRecord>, limits: &Limits) -> Vec<Study> {
     let mut order: Vec<Uid> = Vec::new();
     let mut studies: HashMap<Uid, Vec<SliceRecord>> = HashMap::new();
     for record in records {
@@ -157,19 +293,21 @@ pub(crate) fn assemble(records: Vec<SliceRecord>) -> Vec<Study> {
     }
     let mut take = |study_uid: Uid| {
         let slices = studies.remove(&study_uid).unwrap_or_default();
-        study(study_uid, slices)
+        assemble_study(study_uid, slices, limits)
     };
     order.drain(..).map(&mut take).collect()
 }
 
-fn study(study_uid: Uid, slices: Vec<SliceRecord>) -> Study {
+/// Assembles the slices of one study.
+pub(crate) fn assemble_study(study_uid: Uid, slices: Vec<SliceRecord>, limits: &Limits) -> Study {
     let n_received = slices.len();
     let slices = without_duplicates(slices);
     let n_duplicates = n_received - slices.len();
     let mut candidates: Vec<(Option<Why>, Series)> = by_series(slices)
         .into_iter()
-        .flat_map(split)
-        .map(|series| (obstacle(&series), series))
+        .flat_map(split_by_kind)
+        .flat_map(split_by_acquisition)
+        .map(|series| (obstacle(&series, limits), series))
         .collect();
     candidates.sort_by_cached_key(|(obstacle, series)| (obstacle.is_some(), series.rank()));
     let mut judged = None;
@@ -229,44 +367,79 @@ fn by_series(slices: Vec<SliceRecord>) -> Vec<Series> {
     series
 }
 
+/// Splits a series by the first three values of Image Type and by orientation.
+fn split_by_kind(series: Series) -> Vec<Series> {
+    let kind = |facts: &SliceFacts| -> Vec<String> {
+        let values = facts.image_type.split('\\').take(3);
+        values.map(str::to_owned).collect()
+    };
+    let same = |a: &SliceFacts, b: &SliceFacts| {
+        kind(a) == kind(b) && is_same_orientation(&a.orientation, &b.orientation)
+    };
+    split(series, same)
+}
+
 /// Splits a series in which positions repeat by Acquisition Number.
-fn split(series: Series) -> Vec<Series> {
+fn split_by_acquisition(series: Series) -> Vec<Series> {
     if !series.has_repeated_positions() {
         return vec![series];
     }
-    let (known, refused): (Vec<_>, Vec<_>) = series
-        .slices
-        .into_iter()
-        .partition(|slice| slice.facts.is_some());
-    let number = |slice: &SliceRecord| {
-        let facts = slice.facts.as_ref();
-        facts.and_then(|facts| facts.acquisition_number)
-    };
-    let mut numbers: Vec<Option<i32>> = known.iter().map(number).collect();
-    numbers.sort_unstable();
-    numbers.dedup();
-    let mut parts: Vec<Series> = numbers
-        .into_iter()
-        .map(|wanted| Series {
-            series_uid: series.series_uid.clone(),
-            slices: known
-                .iter()
-                .filter(|slice| number(slice) == wanted)
-                .cloned()
-                .collect(),
-        })
-        .collect();
-    if let Some(largest) = parts.iter_mut().max_by_key(|part| part.slices.len()) {
-        largest.slices.extend(refused);
+    split(series, |a, b| a.acquisition_number == b.acquisition_number)
+}
+
+/// Puts slices together that are the same by `is_same` as the first of a part; refused ones go to the largest part.
+fn split(series: Series, is_same: impl Fn(&SliceFacts, &SliceFacts) -> bool) -> Vec<Series> {
+    let mut parts: Vec<(SliceFacts, Series)> = Vec::new();
+    let mut refused = Vec::new();
+    for slice in series.slices {
+        let Some(facts) = &slice.facts else {
+            refused.push(slice);
+            continue;
+        };
+        match parts.iter_mut().find(|(first, _)| is_same(first, facts)) {
+            Some((_, part)) => part.slices.push(slice),
+            None => {
+                let part = Series {
+                    series_uid: series.series_uid.clone(),
+                    slices: vec![slice.clone()],
+                };
+                parts.push((facts.clone(), part));
+            }
+        }
+    }
+    let mut parts: Vec<Series> = parts.into_iter().map(|(_, part)| part).collect();
+    match parts.iter_mut().max_by_key(|part| part.slices.len()) {
+        Some(largest) => largest.slices.extend(refused),
+        None => parts.push(Series {
+            series_uid: series.series_uid,
+            slices: refused,
+        }),
     }
     parts
 }
 
-fn obstacle(series: &Series) -> Option<Why> {
+fn is_same_orientation(a: &[f64; 6], b: &[f64; 6]) -> bool {
+    let normal = |[rx, ry, rz, cx, cy, cz]: [f64; 6]| {
+        [ry * cz - rz * cy, rz * cx - rx * cz, rx * cy - ry * cx]
+    };
+    let (a, b) = (normal(*a), normal(*b));
+    let cosine: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
+    // Both are unit vectors by the gate; where there is no orientation at all, both are zero.
+    a == b || cosine >= SAME_ORIENTATION_DEGREES.to_radians().cos()
+}
+
+fn obstacle(series: &Series, limits: &Limits) -> Option<Why> {
     if series.n_analysed() == 0 {
         Some(Why::NothingAnalysed)
     } else if series.has_repeated_positions() {
         Some(Why::RepeatedPositions)
+    } else if series.coverage_mm() < limits.min_coverage_mm {
+        Some(Why::Coverage)
+    } else if series
+        .spacing_mm()
+        .is_some_and(|mm| mm > limits.max_spacing_mm)
+    {
+        Some(Why::Spacing)
     } else {
         None
     }
@@ -310,7 +483,7 @@ mod tests {
 
     /// Judged series, its slices, and the others with reasons.
     fn outcome(records: &[SliceRecord]) -> (Option<String>, usize, Vec<(String, Why)>) {
-        let studies = assemble(records.to_vec());
+        let studies = assemble(records.to_vec(), &Limits::NONE);
         let [study] = &studies[..] else {
             panic!("{} studies", studies.len())
         };
@@ -352,7 +525,7 @@ mod tests {
         let mut records = series("2.1", 5, 2.5);
         records.swap(0, 4);
         records.swap(1, 2);
-        let study = assemble(records).remove(0);
+        let study = assemble(records, &Limits::NONE).remove(0);
         let z: Vec<f64> = study.judged.unwrap().positions().collect();
         assert_eq!(z, [0.0, 2.5, 5.0, 7.5, 10.0]);
     }
@@ -362,7 +535,7 @@ mod tests {
         let mut records = vec![refused(slice("2.1", 1, 0.0))];
         records.extend(series("2.1", 3, 1.0));
         records.push(refused(slice("2.1", 2, 2.0)));
-        let study = assemble(records).remove(0);
+        let study = assemble(records, &Limits::NONE).remove(0);
         assert_eq!(study.n_duplicates, 2);
         let judged = study.judged.unwrap();
         assert_eq!((judged.slices.len(), judged.n_analysed()), (3, 3));
@@ -372,7 +545,7 @@ mod tests {
     fn refused_slices_stay_in_their_series() {
         let mut records = series("2.1", 3, 1.0);
         records.push(refused(slice("2.1", 9, 0.0)));
-        let study = assemble(records).remove(0);
+        let study = assemble(records, &Limits::NONE).remove(0);
         let judged = study.judged.unwrap();
         assert_eq!((judged.slices.len(), judged.n_analysed()), (4, 3));
     }

@@ -66,7 +66,7 @@ pub(crate) fn judge(study: &Study, rule: Option<&StudyRule>) -> Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::series::assemble;
+    use crate::series::{Limits, assemble};
     use crate::wire::SliceFacts;
 
     const RULE: StudyRule = StudyRule {
@@ -87,7 +87,8 @@ mod tests {
             logit: *logit,
             ..SliceRecord::default()
         };
-        assemble(logits.iter().enumerate().map(record).collect()).remove(0)
+        let records = logits.iter().enumerate().map(record).collect();
+        assemble(records, &Limits::NONE).remove(0)
     }
 
     #[test]

@@ -18,7 +18,7 @@ use shared::spec::PreprocessSpec;
 
 use crate::launch::Launch;
 use crate::watchdog::Watchdog;
-use crate::wire::{self, CHUNK_BYTES, Kind, ObjectFacts, Reason, SliceFacts};
+use crate::wire::{self, CHUNK_BYTES, Kind, ObjectFacts, Reason, Refused, SliceFacts};
 
 /// Number of the signal that cannot be caught (signal(7)).
 const SIGKILL: i32 = 9;
@@ -42,7 +42,7 @@ pub(crate) enum Event {
     /// The object was read. Comes at most once, before its slices.
     Object(ObjectFacts),
     /// The object cannot be read.
-    ObjectRefused(Reason),
+    ObjectRefused(Refused),
     /// The frame `frame_index`, from 0, in order.
     Slice(u32, Result<Box<Tensor>, Reason>),
 }
@@ -228,7 +228,11 @@ fn refuse_rest(
     deliver: &mut Deliver<'_>,
 ) -> Result<(), Stop> {
     let Some(object) = &progress.object else {
-        return deliver(Event::ObjectRefused(reason.clone()));
+        let reason = reason.clone();
+        return deliver(Event::ObjectRefused(Refused {
+            reason,
+            facts: None,
+        }));
     };
     (progress.next_frame..object.n_frames)
         .try_for_each(|frame| deliver(Event::Slice(frame, Err(reason.clone()))))
@@ -383,7 +387,7 @@ mod tests {
         let mut deliver = |event| {
             seen.push(match event {
                 Event::Object(object) => format!("object {}", object.n_frames),
-                Event::ObjectRefused(reason) => reason.to_string(),
+                Event::ObjectRefused(refused) => refused.reason.to_string(),
                 Event::Slice(frame, slice) => format!("{frame}: {}", slice.unwrap_err()),
             });
             Ok(())
@@ -433,7 +437,7 @@ mod tests {
 
     #[test]
     fn frames_that_were_not_reached_have_a_reason_each() {
-        let facts = br#"{"study_uid":null,"series_uid":null,"sop_uid":null,"n_frames":2,"is_multi_frame":true}"#;
+        let facts = br#"{"study_uid":null,"series_uid":null,"sop_uid":null,"sop_class":null,"elements":[],"n_frames":2,"is_multi_frame":true}"#;
         let header = wire::header(Kind::Object, facts.len());
         let octal: String = header.iter().map(|byte| format!("\\{byte:03o}")).collect();
         let text = std::str::from_utf8(facts).unwrap();
@@ -464,7 +468,7 @@ mod tests {
         let mut source = tempfile::tempfile().unwrap();
         supervisor.analyse(&mut source, 0, &mut deliver).unwrap();
         assert!(
-            matches!(&seen[..], [Event::ObjectRefused(reason)] if reason.text.contains("cannot be started"))
+            matches!(&seen[..], [Event::ObjectRefused(refused)] if refused.reason.text.contains("cannot be started"))
         );
     }
 }

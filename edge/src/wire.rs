@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use shared::TENSOR_BYTES;
 use shared::uid::Uid;
 
+use crate::result::Element;
+
 /// Largest payload: a tensor.
 pub(crate) const MAX_PAYLOAD_BYTES: usize = TENSOR_BYTES;
 /// Bytes of a chunk of an object.
@@ -30,7 +32,7 @@ pub(crate) enum Kind {
     Go,
     /// From the worker: [`ObjectFacts`].
     Object,
-    /// From the worker: [`Reason`] for the whole object; nothing but `Done` follows.
+    /// From the worker: [`Refused`] for the whole object; nothing but `Done` follows.
     ObjectRefused,
     /// From the worker: [`SliceFacts`]; its tensor follows.
     Slice,
@@ -76,6 +78,10 @@ pub(crate) struct ObjectFacts {
     pub(crate) series_uid: Option<Uid>,
     /// SOP Instance UID.
     pub(crate) sop_uid: Option<Uid>,
+    /// SOP Class UID.
+    pub(crate) sop_class: Option<Uid>,
+    /// Whose study it is and what made it.
+    pub(crate) elements: Vec<Element>,
     /// Frames to expect.
     pub(crate) n_frames: u32,
     /// Whether frames are numbered in results.
@@ -91,12 +97,29 @@ pub(crate) struct SliceFacts {
     pub(crate) thickness_mm: Option<f64>,
     /// Acquisition Number.
     pub(crate) acquisition_number: Option<i32>,
+    /// Image Type or Frame Type, values between backslashes.
+    pub(crate) image_type: String,
+    /// Convolution Kernel.
+    pub(crate) kernel: Option<String>,
+    /// Image Orientation (Patient).
+    pub(crate) orientation: [f64; 6],
+    /// BLAKE3 over the stored values and what makes HU of them, 32 hexadecimal digits: equal for equal pixels in any lossless transfer syntax.
+    pub(crate) pixel_digest: String,
     /// Whether Image Type begins with ORIGINAL, PRIMARY.
     pub(crate) is_original_primary: bool,
     /// Whether stored values have been through lossy compression.
     pub(crate) is_lossy: bool,
     /// Rows and columns.
     pub(crate) size: [usize; 2],
+}
+
+/// An object that cannot be read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Refused {
+    /// Why.
+    pub(crate) reason: Reason,
+    /// What it says of itself before it breaks; `None` where nothing.
+    pub(crate) facts: Option<ObjectFacts>,
 }
 
 /// Why something is not analysed.

@@ -10,11 +10,12 @@ use std::process::ExitCode;
 
 use rustix::process::{Resource, Rlimit, Signal};
 use shared::TENSOR_BYTES;
-use shared::dicom::{self, Object, Slice};
+use shared::dicom::{self, CopiedElement, Identity, Object, Slice};
 use shared::preprocess::Preprocessor;
 use shared::spec::PreprocessSpec;
 
-use crate::wire::{self, Kind, ObjectFacts, Reason, SliceFacts};
+use crate::result::Element;
+use crate::wire::{self, Kind, ObjectFacts, Reason, Refused, SliceFacts};
 
 /// Most bytes of an object.
 pub(crate) const MAX_OBJECT_BYTES: u64 = 144 << 20;
@@ -24,6 +25,9 @@ pub(crate) const ADDRESS_SPACE_BYTES: u64 = 272 << 20;
 pub(crate) const STACK_BYTES: usize = 2 << 20;
 /// Processor time of one worker in seconds; one that has used it up is replaced. A single object is bounded by the supervisor's deadline.
 pub(crate) const CPU_SECONDS: u64 = 3_600;
+
+/// Hexadecimal digits of a pixel digest.
+const DIGEST_DIGITS: usize = 32;
 
 /// Runs as the worker until standard input ends.
 pub(crate) fn run() -> ExitCode {
@@ -82,8 +86,12 @@ fn serve() -> io::Result<()> {
                 }
             }
             Err(error) => {
-                let reason = Reason::new(error.code(), error.to_string());
-                send_json(&mut output, Kind::ObjectRefused, &reason)?;
+                let refused = Refused {
+                    reason: Reason::new(error.code(), error.to_string()),
+                    facts: dicom::identify(&bytes)
+                        .map(|(identity, copied)| facts(&identity, copied)),
+                };
+                send_json(&mut output, Kind::ObjectRefused, &refused)?;
             }
         }
         send(&mut output, Kind::Done, &[])?;
@@ -93,13 +101,28 @@ fn serve() -> io::Result<()> {
 }
 
 fn object_facts(object: &Object<'_>) -> ObjectFacts {
-    let identity = object.identity();
+    ObjectFacts {
+        n_frames: object.n_frames(),
+        is_multi_frame: object.is_multi_frame(),
+        ..facts(object.identity(), object.copied())
+    }
+}
+
+/// The facts of an object of which no frame is known.
+fn facts(identity: &Identity, copied: Vec<CopiedElement>) -> ObjectFacts {
+    let elements = copied.into_iter().map(|element| Element {
+        tag: element.tag,
+        vr: element.vr.to_owned(),
+        value: element.value,
+    });
     ObjectFacts {
         study_uid: identity.study_uid.clone(),
         series_uid: identity.series_uid.clone(),
         sop_uid: identity.sop_uid.clone(),
-        n_frames: object.n_frames(),
-        is_multi_frame: object.is_multi_frame(),
+        sop_class: identity.sop_class.clone(),
+        elements: elements.collect(),
+        n_frames: 0,
+        is_multi_frame: false,
     }
 }
 
@@ -129,10 +152,31 @@ fn slice_facts(slice: &Slice) -> SliceFacts {
         z_mm: attributes.z_mm,
         thickness_mm: attributes.slice_thickness_mm,
         acquisition_number: attributes.acquisition_number,
+        image_type: attributes.image_type.join("\\"),
+        kernel: attributes.convolution_kernel.clone(),
+        orientation: attributes.orientation,
+        pixel_digest: pixel_digest(slice),
         is_original_primary: is(0, "ORIGINAL") && is(1, "PRIMARY"),
         is_lossy: attributes.is_lossy,
         size: [slice.rows, slice.columns],
     }
+}
+
+/// Digest of what the network sees of a slice, before any rounding: stored values, their format and padding, slope and intercept.
+fn pixel_digest(slice: &Slice) -> String {
+    let mut digest = blake3::Hasher::new();
+    let format = &slice.format;
+    let shape = format!(
+        "{} {} {format:?} {:?} {:016x} {:016x} ",
+        slice.rows,
+        slice.columns,
+        slice.padding,
+        slice.rescale.slope.to_bits(),
+        slice.rescale.intercept.to_bits()
+    );
+    digest.update(shape.as_bytes()).update(&slice.pixels);
+    let digest = digest.finalize().to_hex();
+    digest[..DIGEST_DIGITS].to_owned()
 }
 
 /// One whole object and the first frame wanted; `None` at the end of the input.

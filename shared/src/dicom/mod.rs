@@ -13,12 +13,13 @@
 //!
 //! Foreign bytes cannot make this module panic, recurse, or allocate more than one frame ([`pixels::MAX_FRAME_BYTES`]) and a few
 //! megabytes of positions; third-party decoders get one checked frame each and are caught where they panic. Messages hold no
-//! patient data: only the elements named in `attributes` are ever interpreted. What concerns several slices (which series is
+//! patient data: only the elements named in `attributes` are ever interpreted; those of `copied` are handed on as bytes. What concerns several slices (which series is
 //! judged, gaps, repeated positions) is left to the daemon.
 
 mod attributes;
 mod codestream;
 mod container;
+mod copied;
 mod functional_groups;
 pub mod gate;
 mod inflate;
@@ -33,6 +34,7 @@ use crate::stored::{PixelFormat, PixelPadding, SlicePixels};
 use crate::uid::Uid;
 use attributes::Attributes;
 use container::Container;
+pub use copied::CopiedElement;
 use pixels::FrameFragments;
 use prescan::Scan;
 use std::borrow::Cow;
@@ -392,15 +394,7 @@ pub fn read(bytes: &[u8]) -> Result<Object<'_>, ReadError> {
     };
     let scan = prescan::scan(&data, start, encoding)?;
     let attributes = Attributes::read(&data, encoding, scan.elements.iter())?;
-    let uid = |tag| Uid::new(&attributes.text(tag)?).ok();
-    let identity = Identity {
-        study_uid: uid(attributes::STUDY_INSTANCE_UID),
-        series_uid: uid(attributes::SERIES_INSTANCE_UID),
-        sop_uid: uid(attributes::SOP_INSTANCE_UID),
-        sop_class: uid(attributes::SOP_CLASS_UID),
-        transfer_syntax: container.transfer_syntax_uid.clone(),
-        modality: attributes.text(attributes::MODALITY),
-    };
+    let identity = identity(&attributes, &container);
     let mut object = Object {
         data,
         container,
@@ -414,7 +408,37 @@ pub fn read(bytes: &[u8]) -> Result<Object<'_>, ReadError> {
     Ok(object)
 }
 
+/// What an object that cannot be read says of itself before it breaks: so that what is missing is missing from a known study.
+#[must_use]
+pub fn identify(bytes: &[u8]) -> Option<(Identity, Vec<CopiedElement>)> {
+    let bytes = bytes.get(..prescan::MAX_OBJECT_BYTES).unwrap_or(bytes);
+    let container = container::locate(bytes).ok()?;
+    let encoding = container.encoding();
+    let (scan, _) = prescan::scan_as_far_as_possible(bytes, container.data_set_start, encoding);
+    let attributes = Attributes::read(bytes, encoding, scan.elements.iter()).ok()?;
+    let identity = identity(&attributes, &container);
+    Some((identity, copied::copy(bytes, &scan.copied)))
+}
+
+fn identity(attributes: &Attributes, container: &Container) -> Identity {
+    let uid = |tag| Uid::new(&attributes.text(tag)?).ok();
+    Identity {
+        study_uid: uid(attributes::STUDY_INSTANCE_UID),
+        series_uid: uid(attributes::SERIES_INSTANCE_UID),
+        sop_uid: uid(attributes::SOP_INSTANCE_UID),
+        sop_class: uid(attributes::SOP_CLASS_UID),
+        transfer_syntax: container.transfer_syntax_uid.clone(),
+        modality: attributes.text(attributes::MODALITY),
+    }
+}
+
 impl Object<'_> {
+    /// Whose study it is and what made it, as it came. Patient data: for results alone, never for messages.
+    #[must_use]
+    pub fn copied(&self) -> Vec<CopiedElement> {
+        copied::copy(&self.data, &self.scan.copied)
+    }
+
     /// What the object says it is.
     #[must_use]
     pub fn identity(&self) -> &Identity {

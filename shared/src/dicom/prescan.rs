@@ -92,6 +92,8 @@ pub(super) enum PixelData {
 pub(super) struct Scan {
     /// Elements of the data set itself.
     pub(super) elements: Vec<Element>,
+    /// Elements that are copied into results.
+    pub(super) copied: Vec<Element>,
     /// Elements of the shared functional groups.
     pub(super) shared: Vec<Element>,
     /// Elements of each frame's functional groups.
@@ -264,6 +266,16 @@ struct Level {
 ///
 /// Any [`ReadError`] but those of the container: each names the tag and the bound that was broken.
 pub(super) fn scan(bytes: &[u8], start: usize, encoding: Encoding) -> Result<Scan, ReadError> {
+    let (scan, done) = scan_as_far_as_possible(bytes, start, encoding);
+    done.map(|()| scan)
+}
+
+/// As [`scan`], with what was found before an error.
+pub(super) fn scan_as_far_as_possible(
+    bytes: &[u8],
+    start: usize,
+    encoding: Encoding,
+) -> (Scan, Result<(), ReadError>) {
     let mut scanner = Scanner {
         cursor: Cursor::new(bytes, start, encoding),
         levels: Vec::new(),
@@ -277,23 +289,8 @@ pub(super) fn scan(bytes: &[u8], start: usize, encoding: Encoding) -> Result<Sca
         role: Role::Root,
         encoding,
     });
-    while let Some(level) = scanner.levels.last().copied() {
-        if scanner.cursor.position >= level.limit {
-            if level.is_undefined {
-                return Err(ReadError::Truncated {
-                    offset: scanner.cursor.position,
-                });
-            }
-            scanner.levels.pop();
-            continue;
-        }
-        // The rest of the file after its pixel data holds padding and signatures; it is not needed and often not well formed.
-        if level.role == Role::Root && scanner.scan.pixel_data.is_some() {
-            break;
-        }
-        scanner.step(level)?;
-    }
-    Ok(scanner.scan)
+    let done = scanner.run();
+    (scanner.scan, done)
 }
 
 #[derive(Debug)]
@@ -305,6 +302,26 @@ struct Scanner<'a> {
 }
 
 impl Scanner<'_> {
+    fn run(&mut self) -> Result<(), ReadError> {
+        while let Some(level) = self.levels.last().copied() {
+            if self.cursor.position >= level.limit {
+                if level.is_undefined {
+                    return Err(ReadError::Truncated {
+                        offset: self.cursor.position,
+                    });
+                }
+                self.levels.pop();
+                continue;
+            }
+            // The rest of the file after its pixel data holds padding and signatures; it is not needed and often not well formed.
+            if level.role == Role::Root && self.scan.pixel_data.is_some() {
+                break;
+            }
+            self.step(level)?;
+        }
+        Ok(())
+    }
+
     /// Reads one header inside `level` and what belongs to it.
     fn step(&mut self, level: Level) -> Result<(), ReadError> {
         self.n_elements += 1;
@@ -434,7 +451,12 @@ impl Scanner<'_> {
 
     /// Remembers an element that the gate asks for.
     fn keep(&mut self, role: Role, tag: Tag, value: Range<usize>) -> Result<(), ReadError> {
+        let is_copied = role == Role::Root && super::copied::is_copied(tag);
+        if is_copied && value.len() > MAX_VALUE_BYTES {
+            return Ok(());
+        }
         let elements = match role {
+            Role::Root if is_copied => &mut self.scan.copied,
             Role::Root if super::attributes::is_wanted(tag) => &mut self.scan.elements,
             Role::SharedMacro(group) if super::functional_groups::is_wanted(group, tag) => {
                 &mut self.scan.shared
