@@ -20,13 +20,25 @@ const OPACITY: f32 = 0.6;
 /// Lines burnt in, at the top left.
 const BURNT_IN: [&str; 2] = ["RESEARCH USE ONLY", "NOT A MEDICAL DEVICE"];
 
-/// The heat map over `tensor`, u8 `[3, 256, 256]`, as a PNG file.
+/// The heat map over the PE window of `tensor`, u8 `[3, 256, 256]`, as a PNG file.
 ///
 /// # Errors
 /// Where the PNG cannot be written.
 pub(crate) fn png(tensor: &[u8], contributions: &Contributions) -> image::ImageResult<Vec<u8>> {
-    let grey = &tensor[SHOWN_CHANNEL * SIDE * SIDE..][..SIDE * SIDE];
-    let heat = upsample(contributions);
+    picture(tensor, SHOWN_CHANNEL, Some(contributions))
+}
+
+/// One channel of `tensor`, u8 `[3, 256, 256]`, and the heat map over it where there is one, as a PNG file.
+///
+/// # Errors
+/// Where the PNG cannot be written.
+pub(crate) fn picture(
+    tensor: &[u8],
+    channel: usize,
+    contributions: Option<&Contributions>,
+) -> image::ImageResult<Vec<u8>> {
+    let grey = &tensor[channel * SIDE * SIDE..][..SIDE * SIDE];
+    let heat = contributions.map_or_else(|| vec![0.0; SIDE * SIDE], upsample);
     let greatest = heat.iter().copied().fold(0.0, f32::max);
     let mut picture = RgbImage::new(PICTURE_SIDE, PICTURE_SIDE);
     for ((pixel, &grey), &heat) in picture.pixels_mut().zip(grey).zip(&heat) {

@@ -13,8 +13,15 @@ mod exit;
 mod heatmap;
 mod launch;
 mod model;
+#[cfg_attr(not(test), expect(dead_code, reason = "serve uses it when it lands"))]
+mod operate;
+#[cfg_attr(not(test), expect(dead_code, reason = "serve uses it when it lands"))]
+mod page;
 mod report;
-#[expect(dead_code, reason = "the daemon that reads it comes next")]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the daemon that reads it comes next")
+)]
 mod result;
 mod series;
 mod study;

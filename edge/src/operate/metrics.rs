@@ -1,0 +1,524 @@
+//! Counters of the daemon, and their text for Prometheus.
+//!
+//! Every stage holds the [`Metrics`] (cheap to clone) and increments its own. Labels come from small fixed sets, never from a peer:
+//! a peer cannot grow the memory that counters take, and nothing of a patient can stand in them. [`Metrics::text`] gives OpenMetrics 1.0
+//! or the older Prometheus text format 0.0.4, which differs in the names of counters' headers and has no end mark.
+
+use std::fmt::Write as _;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use super::status::Status;
+
+/// A gauge of a real number.
+type RealGauge = Gauge<f64, AtomicU64>;
+/// Longest code that becomes a label, in bytes.
+const MAX_CODE_BYTES: usize = 40;
+
+/// The daemon's counters.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Metrics {
+    /// Association requests, by what was answered.
+    pub(crate) associations: Family<Answer, Counter>,
+    /// Associations that are open.
+    pub(crate) associations_open: Gauge,
+    /// Objects answered with success, that is durable.
+    pub(crate) objects_received: Counter,
+    /// Bytes of them.
+    pub(crate) bytes_received: Counter,
+    /// Objects refused, by C-STORE status.
+    pub(crate) objects_refused: Family<StoreStatus, Counter>,
+    /// Files taken from the watch folder.
+    pub(crate) files_taken: Counter,
+    /// Files put into quarantine.
+    pub(crate) files_quarantined: Counter,
+    /// Time from the last byte of an object to its durability, seconds.
+    pub(crate) commit_seconds: Seconds,
+    /// Sync calls on the spool.
+    pub(crate) syncs: Counter,
+    /// Slices with an answer.
+    pub(crate) slices_analysed: Counter,
+    /// Slices without one, by the reason's code.
+    pub(crate) slices_not_analysed: Family<Code, Counter>,
+    /// Time of the network for one slice, seconds.
+    pub(crate) inference_seconds: Seconds,
+    /// Workers that died or hung and were replaced.
+    pub(crate) workers_replaced: Counter,
+    /// Results decided, by outcome; a revision counts again.
+    pub(crate) results: Family<Decided, Counter>,
+    /// Results handed to a channel, by how it went.
+    pub(crate) deliveries: Family<Delivery, Counter>,
+    /// Slice pictures made for the page.
+    pub(crate) pictures: Counter,
+}
+
+/// A histogram of seconds, from 1 ms to 16 s.
+#[derive(Clone, Debug)]
+pub(crate) struct Seconds(Histogram);
+
+impl Default for Seconds {
+    fn default() -> Self {
+        Self(Histogram::new(exponential_buckets(0.001, 2.0, 15)))
+    }
+}
+
+impl Seconds {
+    /// Adds one observation.
+    pub(crate) fn observe(&self, seconds: f64) {
+        self.0.observe(seconds);
+    }
+}
+
+/// What an association request was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Answer {
+    /// Accepted, or why not.
+    pub(crate) answer: AssociationAnswer,
+}
+
+/// See [`Answer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[expect(
+    non_camel_case_types,
+    reason = "the label's text, as the derive prints it"
+)]
+pub(crate) enum AssociationAnswer {
+    /// Accepted.
+    accepted,
+    /// The calling AE title or the address is not on the list.
+    calling_not_allowed,
+    /// The called AE title is not ours.
+    called_not_known,
+    /// Too many associations.
+    limit,
+    /// No TLS, no certificate, or one that is not trusted.
+    tls,
+    /// The request cannot be understood, or did not come in time.
+    malformed,
+}
+
+/// The status that a C-STORE was refused with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct StoreStatus {
+    /// Four hexadecimal digits, as in PS3.4 table B.2-1.
+    pub(crate) status: String,
+}
+
+impl From<u16> for StoreStatus {
+    fn from(status: u16) -> Self {
+        Self {
+            status: format!("{status:04X}"),
+        }
+    }
+}
+
+/// A reason's stable code.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Code {
+    /// As in docs/reading-dicom.md.
+    pub(crate) code: String,
+}
+
+impl From<&str> for Code {
+    /// Keeps small letters, digits and hyphens: a code has no others.
+    fn from(code: &str) -> Self {
+        let is_code = |c: &char| c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '-';
+        Self {
+            code: code.chars().filter(is_code).take(MAX_CODE_BYTES).collect(),
+        }
+    }
+}
+
+/// How a study was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Decided {
+    /// The outcome.
+    pub(crate) outcome: DecidedOutcome,
+}
+
+/// See [`Decided`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[expect(
+    non_camel_case_types,
+    reason = "the label's text, as the derive prints it"
+)]
+pub(crate) enum DecidedOutcome {
+    /// Positive, the study complete.
+    positive,
+    /// Positive, told before the study is complete.
+    provisional,
+    /// Not detected.
+    not_detected,
+    /// Not analysed.
+    not_analysed,
+}
+
+/// A result on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Delivery {
+    /// Through which channel.
+    pub(crate) channel: DeliveryChannel,
+    /// How it went.
+    pub(crate) how: DeliveryEnd,
+}
+
+/// The ways out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[expect(
+    non_camel_case_types,
+    reason = "the label's text, as the derive prints it"
+)]
+pub(crate) enum DeliveryChannel {
+    /// Structured report by C-STORE.
+    structured_report,
+    /// Secondary capture by C-STORE.
+    secondary_capture,
+    /// Webhook.
+    webhook,
+    /// HL7 over MLLP.
+    hl7,
+    /// STOW-RS.
+    stow,
+}
+
+/// How one attempt to deliver went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[expect(
+    non_camel_case_types,
+    reason = "the label's text, as the derive prints it"
+)]
+pub(crate) enum DeliveryEnd {
+    /// Taken by the receiver.
+    delivered,
+    /// To be tried again.
+    retried,
+    /// Given up: a dead letter.
+    dead,
+}
+
+/// The two text forms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TextForm {
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+    /// Prometheus text format 0.0.4.
+    Prometheus,
+}
+
+impl TextForm {
+    /// What a scraper's Accept header asks for.
+    pub(crate) fn accepted(accept: &str) -> Self {
+        if accept.contains("application/openmetrics-text") {
+            Self::OpenMetrics
+        } else {
+            Self::Prometheus
+        }
+    }
+
+    /// Its Content-Type.
+    pub(crate) fn content_type(self) -> &'static str {
+        match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+}
+
+impl Metrics {
+    /// All counters, and the gauges that `status` holds, as text.
+    pub(crate) fn text(&self, status: &Status, form: TextForm) -> String {
+        let mut registry = Registry::with_prefix("edge");
+        self.register(&mut registry);
+        register_status(&mut registry, status);
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        let encoded = prometheus_client::encoding::text::encode(&mut text, &registry);
+        debug_assert!(encoded.is_ok());
+        match form {
+            TextForm::OpenMetrics => text,
+            TextForm::Prometheus => prometheus_text(&text),
+        }
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        let all = registry;
+        all.register(
+            "associations",
+            "Association requests by what was answered",
+            self.associations.clone(),
+        );
+        all.register(
+            "associations_open",
+            "Associations that are open",
+            self.associations_open.clone(),
+        );
+        all.register(
+            "objects_received",
+            "DICOM objects answered with success",
+            self.objects_received.clone(),
+        );
+        all.register_with_unit(
+            "received",
+            "Bytes of the objects received",
+            Unit::Bytes,
+            self.bytes_received.clone(),
+        );
+        all.register(
+            "objects_refused",
+            "DICOM objects refused, by C-STORE status",
+            self.objects_refused.clone(),
+        );
+        all.register(
+            "files_taken",
+            "Files taken from the watch folder",
+            self.files_taken.clone(),
+        );
+        all.register(
+            "files_quarantined",
+            "Files of the watch folder put into quarantine",
+            self.files_quarantined.clone(),
+        );
+        all.register_with_unit(
+            "commit",
+            "From an object's last byte to its durability",
+            Unit::Seconds,
+            self.commit_seconds.0.clone(),
+        );
+        all.register("syncs", "Sync calls on the spool", self.syncs.clone());
+        all.register(
+            "slices_analysed",
+            "Slices with an answer",
+            self.slices_analysed.clone(),
+        );
+        all.register(
+            "slices_not_analysed",
+            "Slices without an answer, by the reason's code",
+            self.slices_not_analysed.clone(),
+        );
+        all.register_with_unit(
+            "inference",
+            "Time of the network for one slice",
+            Unit::Seconds,
+            self.inference_seconds.0.clone(),
+        );
+        all.register(
+            "workers_replaced",
+            "Worker processes that died or hung and were replaced",
+            self.workers_replaced.clone(),
+        );
+        all.register(
+            "results",
+            "Study results decided, revisions counted again",
+            self.results.clone(),
+        );
+        all.register(
+            "deliveries",
+            "Attempts to deliver a result, by channel and how they went",
+            self.deliveries.clone(),
+        );
+        all.register(
+            "pictures",
+            "Slice pictures made for the page",
+            self.pictures.clone(),
+        );
+    }
+}
+
+/// Gauges that are read at the moment of the scrape.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "a gauge is a 64-bit float on the wire; counts beyond 2^53 do not occur"
+)]
+fn register_status(registry: &mut Registry, status: &Status) {
+    let mut gauge = |name: &str, help: &str, value: f64| {
+        let gauge = RealGauge::default();
+        gauge.set(value);
+        registry.register(name, help, gauge);
+    };
+    let count = |value: u64| value as f64;
+    let is = |value: bool| if value { 1.0 } else { 0.0 };
+    gauge(
+        "waiting",
+        "Objects that wait for analysis",
+        count(status.waiting),
+    );
+    gauge("studies", "Studies on the worklist", count(status.studies));
+    gauge(
+        "positive_studies",
+        "Positive ones among them",
+        count(status.positive_studies),
+    );
+    gauge(
+        "outbox_waiting",
+        "Results that wait to be delivered",
+        count(status.outbox_waiting),
+    );
+    gauge(
+        "dead_letters",
+        "Results given up",
+        count(status.dead_letters),
+    );
+    gauge(
+        "disk_free_bytes",
+        "Free bytes where the state lies",
+        count(status.disk_free_bytes),
+    );
+    gauge(
+        "disk_total_bytes",
+        "Size of that file system in bytes",
+        count(status.disk_total_bytes),
+    );
+    gauge(
+        "spool_bytes",
+        "Bytes of the spool",
+        count(status.spool_bytes),
+    );
+    gauge(
+        "intake_open",
+        "1 while objects are accepted, 0 below the disk watermark",
+        is(status.is_accepting),
+    );
+    gauge(
+        "self_test_passed",
+        "1 where the model gives the bits that its file states",
+        is(status.self_test == "passed"),
+    );
+    gauge(
+        "demonstration_model",
+        "1 where the model was trained on the phantom",
+        is(status.is_demonstration),
+    );
+    gauge(
+        "clock_trusted",
+        "1 where the clock is plausible",
+        is(status.is_clock_trusted),
+    );
+    gauge(
+        "uptime_seconds",
+        "Seconds since the start",
+        count(status.uptime_s),
+    );
+    if let Some(celsius) = status.temperature_celsius {
+        gauge(
+            "temperature_celsius",
+            "Temperature of the processor",
+            f64::from(celsius),
+        );
+    }
+    if let Some(seconds) = status.certificate_expires_s {
+        gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When the TLS certificate expires, Unix time",
+            seconds as f64,
+        );
+    }
+}
+
+/// OpenMetrics text as Prometheus text 0.0.4: a counter's headers carry the suffix of its samples; units and the end mark are comments already.
+fn prometheus_text(open_metrics: &str) -> String {
+    let counters: Vec<&str> = open_metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        .collect();
+    let mut text = String::with_capacity(open_metrics.len() + 64 * counters.len());
+    for line in open_metrics.lines() {
+        if line == "# EOF" || line.starts_with("# UNIT ") {
+            continue;
+        }
+        let header = ["# HELP ", "# TYPE "]
+            .into_iter()
+            .find_map(|kind| Some((kind, line.strip_prefix(kind)?.split_once(' ')?)));
+        // Writing to a String cannot fail.
+        let written = match header {
+            Some((kind, (name, rest))) if counters.contains(&name) => {
+                writeln!(text, "{kind}{name}_total {rest}")
+            }
+            _ => writeln!(text, "{line}"),
+        };
+        debug_assert!(written.is_ok());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use std::process::{Command, Stdio};
+
+    fn used() -> Metrics {
+        let metrics = Metrics::default();
+        let accepted = Answer {
+            answer: AssociationAnswer::accepted,
+        };
+        metrics.associations.get_or_create(&accepted).inc();
+        metrics.objects_received.inc_by(245);
+        metrics.bytes_received.inc_by(128_000_000);
+        metrics.objects_refused.get_or_create(&0xA700.into()).inc();
+        metrics
+            .slices_not_analysed
+            .get_or_create(&"rescale-type".into())
+            .inc();
+        metrics.inference_seconds.observe(0.066);
+        let decided = Decided {
+            outcome: DecidedOutcome::not_detected,
+        };
+        metrics.results.get_or_create(&decided).inc();
+        metrics
+    }
+
+    #[test]
+    fn prometheus_text_names_counters_as_their_samples() {
+        let text = used().text(&Status::default(), TextForm::Prometheus);
+        for line in [
+            "# TYPE edge_objects_received_total counter",
+            "edge_objects_received_total 245",
+            "edge_objects_refused_total{status=\"A700\"} 1",
+            "edge_slices_not_analysed_total{code=\"rescale-type\"} 1",
+            "# TYPE edge_inference_seconds histogram",
+            "edge_disk_free_bytes 0.0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        assert!(!text.contains("# EOF"));
+        let open = used().text(&Status::default(), TextForm::OpenMetrics);
+        assert!(open.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn a_code_from_outside_cannot_become_a_label() {
+        let code = Code::from("DOE^JOHN\"} 1\nrescale-type");
+        assert_eq!(code.code, "1rescale-type");
+        assert_eq!(
+            Code::from("a".repeat(100).as_str()).code.len(),
+            MAX_CODE_BYTES
+        );
+    }
+
+    #[test]
+    fn promtool_finds_nothing_to_say() {
+        let spawned = Command::new("promtool")
+            .args(["check", "metrics"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let Ok(mut promtool) = spawned else {
+            // Not installed here; .ci/run installs it.
+            return;
+        };
+        let text = used().text(&Status::default(), TextForm::Prometheus);
+        let mut input = promtool.stdin.take().unwrap();
+        input.write_all(text.as_bytes()).unwrap();
+        drop(input);
+        let output = promtool.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{said}");
+    }
+}

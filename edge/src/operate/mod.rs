@@ -1,0 +1,7 @@
+//! Operating the daemon: what it counts and what it says of itself.
+//!
+//! [`metrics`] are the counters that every stage increments, scraped at `/metrics`; [`status`] is `/api/status` and `edge status`.
+//! Nothing here holds patient data.
+
+pub(crate) mod metrics;
+pub(crate) mod status;

@@ -1,0 +1,96 @@
+//! The page: results for people, from the daemon itself, without a script, a font or a picture from elsewhere.
+//!
+//! In: what the [`Sources`] give. Out: HTML, JSON, pictures and text over HTTP. [`routes`] is the table of addresses; [`access`] decides who is
+//! let in and sets the headers; [`layout`] is the frame of every page; [`worklist`], [`study_view`] and [`system_view`] are the pages; [`strip`] and
+//! [`picture`] draw; [`words`] and [`person`] say; [`live`] tells browsers that something changed. The page decodes nothing that a peer
+//! sent: slices come as tensors from the worker process. Names of patients are escaped by the template engine, and nowhere logged.
+
+pub(crate) mod access;
+#[cfg(test)]
+pub(crate) mod example;
+pub(crate) mod layout;
+pub(crate) mod live;
+pub(crate) mod person;
+pub(crate) mod picture;
+pub(crate) mod routes;
+#[cfg(test)]
+mod served;
+pub(crate) mod strip;
+pub(crate) mod study_view;
+pub(crate) mod system_view;
+pub(crate) mod words;
+pub(crate) mod worklist;
+
+use std::fmt;
+
+use engine::Contributions;
+use shared::uid::Uid;
+use tokio::sync::broadcast;
+
+use crate::operate::metrics::{Metrics, TextForm};
+use crate::operate::status::Status;
+use crate::result::{SliceResult, StudyResult};
+
+/// Most studies on the worklist; older ones are reached by their address.
+pub(crate) const MAX_LISTED: usize = 500;
+
+/// Where the page gets what it shows. The functions may block; routes call them off the event loop.
+pub(crate) struct Sources {
+    /// All studies.
+    pub(crate) studies: Box<dyn Fn() -> Vec<StudyResult> + Send + Sync>,
+    /// One study.
+    pub(crate) study: Box<dyn Fn(&Uid) -> Option<StudyResult> + Send + Sync>,
+    /// The tensor of a slice, and where its answer comes from when that is asked for.
+    pub(crate) slice: Box<dyn Fn(&SliceResult, bool) -> Result<Shown, NotShown> + Send + Sync>,
+    /// The daemon's state.
+    pub(crate) status: Box<dyn Fn() -> Status + Send + Sync>,
+    /// The daemon's counters.
+    pub(crate) metrics: Metrics,
+    /// Something changed.
+    pub(crate) changed: broadcast::Sender<()>,
+}
+
+/// How the page is shown.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Settings {
+    /// Show no names, IDs and birth dates.
+    pub(crate) is_anonymous: bool,
+    /// Who may come in; `None` where only this machine can, because the address is a loopback one.
+    pub(crate) token: Option<String>,
+}
+
+/// What a picture of a slice is drawn from.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    /// u8 `[3, 256, 256]`.
+    pub(crate) tensor: Vec<u8>,
+    /// Where the answer comes from.
+    pub(crate) contributions: Option<Contributions>,
+}
+
+/// Why there is no picture.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotShown {
+    /// Retention has purged the object.
+    #[error("the slice is no longer stored")]
+    Purged,
+    /// The worker refused it.
+    #[error("{0}")]
+    Refused(String),
+    /// Too many are being drawn.
+    #[error("too many pictures are being drawn; try again")]
+    Busy,
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").finish_non_exhaustive()
+    }
+}
+
+impl Sources {
+    /// The counters as text.
+    pub(crate) fn metrics_text(&self, form: TextForm) -> String {
+        self.metrics.text(&(self.status)(), form)
+    }
+}

@@ -1,0 +1,140 @@
+//! The system view: model, intake, storage, results out, machine, peers.
+
+use maud::{Markup, html};
+
+use super::layout::moment;
+use crate::operate::status::Status;
+
+/// The page.
+pub(crate) fn page(status: &Status) -> Markup {
+    html! {
+        div.title { h1 { "System" } p.counts { span.state.(state_class(status)) { (status.state) } } }
+        div.cards {
+            (card("Model", &html! {
+                dt { "Name" } dd { (status.model) }
+                dt { "Digest" } dd.uid { (status.model_digest.get(..16).unwrap_or(&status.model_digest)) }
+                dt { "Self-test" } dd.(good(status.self_test == "passed")) { (status.self_test) }
+                dt { "Note" } dd { (status.model_notice) }
+            }))
+            (card("Intake", &html! {
+                dt { "Node" } dd { (status.ae_title) " · port " (status.dicom_port) }
+                dt { "Accepting" } dd.(good(status.is_accepting)) { (if status.is_accepting { "yes" } else { "no: the disk is nearly full" }) }
+                dt { "Associations" } dd { (status.associations_open) " open" }
+                dt { "Received" } dd { (status.received) " objects" }
+                dt { "Waiting" } dd { (status.waiting) }
+                dt { "Slices" } dd { (status.analysed) " analysed, " (status.not_analysed) " not" }
+                dt { "Workers replaced" } dd { (status.workers_replaced) }
+            }))
+            (card("Results out", &html! {
+                dt { "Waiting" } dd { (status.outbox_waiting) }
+                dt { "Given up" } dd.(good(status.dead_letters == 0)) { (status.dead_letters) }
+                dt { "Studies" } dd { (status.studies) ", " (status.positive_studies) " detected" }
+            }))
+            (card("Storage", &html! {
+                dt { "Free" } dd { (bytes(status.disk_free_bytes)) " of " (bytes(status.disk_total_bytes)) (meter(status)) }
+                dt { "Spool" } dd { (bytes(status.spool_bytes)) }
+            }))
+            (card("Machine", &html! {
+                dt { "Temperature" } dd { @match status.temperature_celsius { Some(celsius) => (format!("{celsius:.0} °C")), None => "not measured" } }
+                dt { "Clock" } dd.(good(status.is_clock_trusted)) { (if status.is_clock_trusted { "plausible" } else { "not set: nothing is deleted by age" }) }
+                dt { "Up" } dd { (duration(status.uptime_s)) }
+                dt { "Version" } dd { (status.version) }
+                @if let Some(seconds) = status.certificate_expires_s { dt { "Certificate until" } dd { (moment(seconds.saturating_mul(1000))) } }
+            }))
+        }
+        section {
+            h2 { "Peers" }
+            @if status.peers.is_empty() { p.quiet { "None yet." } } @else {
+                table.reasons {
+                    thead { tr { th scope="col" { "Name" } th scope="col" { "Address" } th scope="col" { "Role" } th scope="col" { "Objects" } th scope="col" { "Last heard" } } }
+                    tbody { @for peer in &status.peers {
+                        tr { td { (peer.ae_title) } td { (peer.address) } td { (peer.role) } td { (peer.n_objects) } td { @match peer.last_seen_ms { Some(time) => (moment(time)), None => "never" } } }
+                    } }
+                }
+            }
+        }
+    }
+}
+
+fn card(title: &str, facts: &Markup) -> Markup {
+    html! { section.card { h2 { (title) } dl.facts { (facts) } } }
+}
+
+fn state_class(status: &Status) -> &'static str {
+    good(status.state == "ready")
+}
+
+fn good(is_good: bool) -> &'static str {
+    if is_good { "good" } else { "bad" }
+}
+
+/// The share of the disk that is used, drawn.
+fn meter(status: &Status) -> Markup {
+    let used = status
+        .disk_total_bytes
+        .saturating_sub(status.disk_free_bytes);
+    let share = (used.saturating_mul(100))
+        .checked_div(status.disk_total_bytes)
+        .unwrap_or(0);
+    html! {
+        svg.meter viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label=(format!("{share} percent used")) {
+            rect width="100" height="6" fill="#2a323b" {}
+            rect width=(share) height="6" fill=(if share < 85 { "#5f8fb8" } else { "#f0b24a" }) {}
+        }
+    }
+}
+
+/// Bytes for people.
+#[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
+pub(crate) fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit < UNITS.len() - 1 {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// Seconds for people.
+pub(crate) fn duration(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
+    match (days, hours) {
+        (0, 0) => format!("{minutes} min"),
+        (0, _) => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantities_are_for_people() {
+        assert_eq!(
+            [bytes(999), bytes(1_500), bytes(42_000_000_000)],
+            ["999 B", "1.5 kB", "42.0 GB"]
+        );
+        assert_eq!(
+            [duration(59), duration(3_700), duration(90_000)],
+            ["0 min", "1 h 1 min", "1 d 1 h"]
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_marked() {
+        let html = page(&Status {
+            self_test: "logit bits differ".into(),
+            ..Status::default()
+        })
+        .into_string();
+        assert!(html.contains("<dd class=\"bad\">logit bits differ</dd>"));
+        assert!(html.contains("nearly full"));
+    }
+}
