@@ -28,6 +28,9 @@ pub(crate) enum Command {
     /// Measure how fast the model runs on this machine, and in how much memory.
     #[command(after_help = BENCH_HELP)]
     Bench(BenchArgs),
+    /// Write a study's result as the documents that would be sent.
+    #[command(hide = true)]
+    Report(crate::send::export::ReportArguments),
     /// Parses foreign bytes for the other commands.
     #[command(name = WORKER_COMMAND, hide = true)]
     Worker,

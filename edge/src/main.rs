@@ -18,11 +18,10 @@ mod operate;
 #[cfg_attr(not(test), expect(dead_code, reason = "serve uses it when it lands"))]
 mod page;
 mod report;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the daemon that reads it comes next")
-)]
+#[allow(dead_code, reason = "the daemon that reads it comes next")]
 mod result;
+#[allow(dead_code, reason = "the daemon that sends comes next")]
+mod send;
 mod series;
 mod study;
 mod supervisor;
@@ -44,6 +43,7 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         Command::Classify(arguments) => classify::run(arguments, &mut out),
         Command::Bench(arguments) => bench::run(arguments, &mut out),
+        Command::Report(arguments) => send::export::run(arguments, &mut out),
         Command::Worker => return worker::run(),
     };
     match done {
