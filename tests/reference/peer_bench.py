@@ -1,13 +1,17 @@
 """Compares the engine with onnxruntime and OpenVINO on one int8 file: bits of the logits, then times, interleaved.
 
-Usage: peer_bench.py RUN MODEL [--width F] [--rounds N] [--threads 1 2] [--kernel NAME]
+Usage: peer_bench.py RUN MODEL [--rounds N] [--threads 1 2] [--kernel NAME]
 
-RUN is the binary of `cargo build -p engine --example run`; MODEL a file of `trainer quantize`. With --make a
+RUN is the binary of `cargo build --workspace --example run`; MODEL a file of `trainer quantize`. With --make a
 file of random weights in that form is written to MODEL first: calibrated on noise so that the activations use their range.
-Every engine runs the same noise images, which allow no skipping, in turns of a few images, so that all see the same machine. Medians.
+Every engine runs the same noise images, which allow no skipping, in turns of a few images, so that all see the same machine. In brackets: our
+time as a part of each. On a machine that others use too, the least CPU time is the figure to trust (one thread; with more, onnxruntime's spin).
 """
 
 import argparse
+import glob
+import itertools
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -16,7 +20,6 @@ import time
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 IMAGE = (3, 256, 256)
@@ -96,34 +99,65 @@ class Engine:
         self.head = self.process.stdout.readline().strip()
         self.bits = self.head.split("logits ")[1].split()
 
-    def times(self, n):
-        self.process.stdin.write(f"{n}\n")
+    def ask(self, line):
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
-        return [float(t) for t in self.process.stdout.readline().split()]
+        return self.process.stdout.readline()
+
+    def cpu(self):
+        """Nanoseconds on a CPU of all threads; exact while they wait for the next line."""
+        tasks = glob.glob(f"/proc/{self.process.pid}/task/*/schedstat")
+        return sum(int(open(task).read().split()[0]) for task in tasks)
+
+    def burst(self, n):
+        """Wall times of `n` images and the CPU time of one on average, in microseconds."""
+        before = self.cpu()
+        times = [float(t) for t in self.ask(n).split()]
+        return times, (self.cpu() - before) / n / 1e3
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Peer:
-    """A runtime in this process."""
+    """A runtime in a process of its own, so that no other's threads are counted."""
 
-    def __init__(self, infer, images):
-        self.infer, self.images, self.next = infer, images, 0
-        self.bits = [f"{np.float32(infer(image)).view(np.uint32):08x}" for image in images]
+    def __init__(self, start, model, threads, images):
+        self.pipe, other = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=serve, args=(other, start, model, threads, images), daemon=True)
+        self.process.start()
+        self.bits = self.pipe.recv()
 
-    def times(self, n):
-        result = []
-        for _ in range(n):
-            image = self.images[self.next % len(self.images)]
-            self.next += 1
-            start = time.perf_counter()
-            self.infer(image)
-            result.append((time.perf_counter() - start) * 1e6)
-        return result
+    def burst(self, n):
+        self.pipe.send(n)
+        return self.pipe.recv()
+
+    def stop(self):
+        self.pipe.send(0)
+        self.process.join()
 
 
-def ort(model, threads):
-    options = onnxruntime.SessionOptions()
+def serve(pipe, start, model, threads, images):
+    infer = start(model, threads)
+    pipe.send([f"{np.float32(infer(image)).view(np.uint32):08x}" for image in images])
+    images = itertools.cycle(images)
+    while n := pipe.recv():
+        times, before = [], time.process_time()
+        for image in itertools.islice(images, n):
+            begun = time.perf_counter()
+            infer(image)
+            times.append((time.perf_counter() - begun) * 1e6)
+        pipe.send((times, (time.process_time() - before) / n * 1e6))
+
+
+def onnxruntime(model, threads):
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return lambda image: session.run(["logit"], {"image": image})[0].ravel()[0]
 
 
@@ -153,24 +187,30 @@ def main():
     with tempfile.NamedTemporaryFile(suffix=".u8", delete=False) as file:
         file.write(images.tobytes())
     for threads in arguments.threads:
-        engines = {
-            "engine": Engine(arguments.run, arguments.model, file.name, arguments.kernel, threads),
-            "onnxruntime": Peer(ort(arguments.model, threads), images),
-            "openvino": Peer(openvino(arguments.model, threads), images),
-        }
-        print(f"{threads} thread(s); {engines['engine'].head}")
+        engines = {"engine": Engine(arguments.run, arguments.model, file.name, arguments.kernel, threads)}
+        engines |= {start.__name__: Peer(start, arguments.model, threads, images) for start in (onnxruntime, openvino)}
+        print(f"{threads} thread(s), load {os.getloadavg()[0]:.1f}; {engines['engine'].head}")
         for name, engine in engines.items():
             print(f"  {name:12} logit bits {' '.join(engine.bits)}")
         assert engines["engine"].bits == engines["onnxruntime"].bits, "engine and onnxruntime differ"
-        times = {name: [] for name in engines}
+        wall, cpu = ({name: [] for name in engines} for _ in range(2))
         for _ in range(arguments.rounds):
             for name, engine in engines.items():
-                times[name] += engine.times(arguments.burst + 1)[1:]
-        ours = statistics.median(times["engine"])
-        for name, values in times.items():
-            median = statistics.median(values)
-            print(f"  {name:12} median {median / 1e3:8.2f} ms, least {min(values) / 1e3:8.2f}, engine is {ours / median:.3f} of it")
-        engines["engine"].process.stdin.close()
+                engine.burst(1)  # brings its weights and code back into the caches
+                times, of_one = engine.burst(arguments.burst)
+                wall[name] += times
+                cpu[name].append(of_one)
+        columns = {
+            "wall median": {name: statistics.median(wall[name]) for name in engines},
+            "wall least": {name: min(wall[name]) for name in engines},
+            "CPU median": {name: statistics.median(cpu[name]) for name in engines},
+            "CPU least": {name: min(cpu[name]) for name in engines},
+        }
+        for name in engines:
+            figures = [f"{what} {of[name] / 1e3:8.3f} ms ({of['engine'] / of[name]:.3f})" for what, of in columns.items()]
+            print(f"  {name:12} {', '.join(figures)}")
+        for engine in engines.values():
+            engine.stop()
     os.unlink(file.name)
 
 

@@ -1,7 +1,8 @@
 //! What runs where: one measured run, layer by layer.
 //!
 //! In: a model. Out: for each layer its time, multiply-accumulates, bytes and share of what the core's multipliers can do, measured
-//! in the same moment. One thread, so that times are those of the layers.
+//! in the same moment. One thread, so that times are those of the layers; CPU times, and the least of several runs, so that a machine that
+//! does other work too gives the same figures.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,8 +13,8 @@ use crate::model::{Model, Program, RunError};
 use crate::network::Network;
 use crate::session::Runner;
 
-/// Runs of which each layer's median is taken.
-const RUNS: usize = 5;
+/// Runs of which each layer's least time is taken.
+const RUNS: usize = 9;
 
 /// How a model runs on this machine.
 #[derive(Clone, Debug)]
@@ -37,7 +38,7 @@ pub struct LayerReport {
     pub name: String,
     /// What the layer became.
     pub operator: &'static str,
-    /// Median time of one image, in microseconds.
+    /// Least CPU time of one image, in microseconds.
     pub micros: f64,
     /// Multiply-accumulates of one image, by definition.
     pub macs: u64,
@@ -99,9 +100,8 @@ fn explain(network: &Arc<Network>) -> Result<Explanation, RunError> {
     });
     let layers = convolutions.chain(dense).enumerate().map(
         |(index, (name, operator, macs, weight_bytes))| {
-            let mut times: Vec<Duration> = runs.iter().map(|run| run[index]).collect();
-            times.sort_unstable();
-            let seconds = times[RUNS / 2].as_secs_f64();
+            let least = runs.iter().map(|run| run[index]).min();
+            let seconds = least.unwrap_or_default().as_secs_f64();
             let share_of_peak = peak.map(|peak| rate(macs, seconds) / peak);
             LayerReport {
                 name: name.clone(),

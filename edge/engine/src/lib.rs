@@ -13,6 +13,7 @@ mod graph;
 pub mod kernels;
 pub mod model;
 mod network;
+mod patches;
 mod session;
 mod tract;
 

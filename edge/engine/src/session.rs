@@ -12,13 +12,14 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Barrier, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use shared::quantize::requantize;
 
 use crate::contributions::{Contributions, divide};
-use crate::kernels::{self, ConvRow};
+use crate::kernels::{self, ConvRow, cpu_time};
 use crate::network::{Convolution, KERNEL_SIDE, Network};
+use crate::patches::gather_patches;
 
 /// Input rows under a pooled row of a 3 x 3 convolution; also the size of the ring.
 const STRIP_ROWS: usize = KERNEL_SIDE + 1;
@@ -62,7 +63,7 @@ struct Worker {
     /// Input of the dense layer at work, contiguous.
     features: Vec<u8>,
     sums: Vec<i32>,
-    /// Time spent in each layer, convolutions first, where it is measured.
+    /// CPU time spent in each layer, convolutions first, where it is measured.
     times: Option<Vec<Duration>>,
 }
 
@@ -124,7 +125,7 @@ impl Runner {
         worker.run(shared, image)
     }
 
-    /// Runs one image and returns the time spent in each layer, convolutions first. Exact on one thread.
+    /// Runs one image and returns the CPU time spent in each layer, convolutions first. Exact on one thread.
     pub(crate) fn layer_times(&mut self, image: &[u8]) -> Vec<Duration> {
         let network = &self.shared.network;
         self.worker.times = Some(vec![
@@ -274,7 +275,7 @@ impl Worker {
     /// Rows of the only convolution.
     fn first_map(&mut self, network: &Network, image: &[u8], map: &FeatureMap, rows: Range<usize>) {
         for row in rows {
-            let started = self.times.is_some().then(Instant::now);
+            let started = self.times.is_some().then(cpu_time);
             let mut out = map.rows[row]
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
@@ -293,7 +294,7 @@ impl Worker {
     ) {
         let mut next = 2 * rows.start;
         for row in rows {
-            let started = self.times.is_some().then(Instant::now);
+            let started = self.times.is_some().then(cpu_time);
             for first in next..2 * row + STRIP_ROWS {
                 first_row(
                     network,
@@ -306,7 +307,7 @@ impl Worker {
             next = 2 * row + STRIP_ROWS;
             self.clock(0, started);
 
-            let started = self.times.is_some().then(Instant::now);
+            let started = self.times.is_some().then(cpu_time);
             let strip: [&[u8]; STRIP_ROWS] =
                 std::array::from_fn(|i| self.ring[(2 * row + i) % STRIP_ROWS].as_slice());
             let mut out = map.rows[row]
@@ -321,7 +322,7 @@ impl Worker {
     fn whole_map(&mut self, shared: &Shared, previous: usize, rows: Range<usize>) {
         let layer = previous + 2;
         for row in rows {
-            let started = self.times.is_some().then(Instant::now);
+            let started = self.times.is_some().then(cpu_time);
             let input = &shared.maps[previous].rows[2 * row..][..STRIP_ROWS];
             let strip: [_; STRIP_ROWS] = std::array::from_fn(|i| lock(&input[i]));
             let strip: [&[u8]; STRIP_ROWS] = std::array::from_fn(|i| strip[i].as_slice());
@@ -338,7 +339,7 @@ impl Worker {
         let network = &*shared.network;
         let mut logit = f32::NAN;
         for (index, layer) in network.dense.iter().enumerate() {
-            let started = self.times.is_some().then(Instant::now);
+            let started = self.times.is_some().then(cpu_time);
             let is_last = index + 1 == network.dense.len();
             let neurons = match (is_last, self.index) {
                 (false, _) => share(layer.n_outputs(), self.index, shared.n_threads),
@@ -375,9 +376,9 @@ impl Worker {
         logit
     }
 
-    fn clock(&mut self, layer: usize, started: Option<Instant>) {
+    fn clock(&mut self, layer: usize, started: Option<Duration>) {
         if let (Some(times), Some(started)) = (&mut self.times, started) {
-            times[layer] += started.elapsed();
+            times[layer] += cpu_time().saturating_sub(started);
         }
     }
 }
@@ -404,25 +405,6 @@ fn first_row(
     }
     let [top, bottom] = &*patches;
     pooled_row(network, 0, &[top, bottom], out);
-}
-
-/// The patches of one row of positions: for each column the bytes that the 3 x 3 kernel covers, `[channel, row, column]`.
-///
-/// Bytes of a patch beyond those stay whatever they are: their weights are 0.
-fn gather_patches(network: &Network, image: &[u8], row: usize, patches: &mut [u8]) {
-    let [_, rows, columns] = network.image;
-    let patch_bytes = network.convolutions[0].column_bytes;
-    let lines = image.chunks_exact(rows * columns).flat_map(|plane| {
-        plane[row * columns..]
-            .chunks_exact(columns)
-            .take(KERNEL_SIDE)
-    });
-    for (index, line) in lines.enumerate() {
-        let patches = patches.chunks_exact_mut(patch_bytes);
-        for (patch, pixels) in patches.zip(line.windows(KERNEL_SIDE)) {
-            patch[KERNEL_SIDE * index..][..KERNEL_SIDE].copy_from_slice(pixels);
-        }
-    }
 }
 
 /// One pooled row of a convolution, all channels.

@@ -11,12 +11,12 @@
 
 use std::arch::x86_64::{
     __m128i, __m512, __m512i, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128,
-    _mm512_cvt_roundps_epi32, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epi32, _mm512_max_ps, _mm512_min_ps,
-    _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512,
+    _mm512_cvt_roundps_epi32, _mm512_cvtepi32_ps, _mm512_cvtusepi32_epi8, _mm512_dpbusd_epi32,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_max_epi32, _mm512_mul_ps, _mm512_reduce_add_epi32,
+    _mm512_set1_epi32, _mm512_setzero_si512,
 };
 
+use std::arch::asm;
 use std::hint::black_box;
 
 use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
@@ -84,11 +84,7 @@ fn tile<const VECTORS: usize, const COLUMNS: usize>(
             }
             for (position, sums) in sums.iter_mut().enumerate() {
                 for (column, sums) in sums.iter_mut().enumerate() {
-                    let quad = i32::from_le_bytes(*windows.at(position, column, step));
-                    let activations = _mm512_set1_epi32(quad);
-                    for (sum, w) in sums.iter_mut().zip(w) {
-                        *sum = _mm512_dpbusd_epi32(*sum, activations, w);
-                    }
+                    multiply_add(windows.at(position, column, step), w, sums);
                 }
             }
         }
@@ -103,6 +99,37 @@ fn tile<const VECTORS: usize, const COLUMNS: usize>(
                 bytes,
                 requantize(_mm512_max_epi32(top, bottom), load_f32(scale)),
             );
+        }
+    }
+}
+
+/// `sums[v] + quad x weights[v]` for each vector, lane by lane.
+///
+/// Assembly because the compiler, left alone, moves the broadcasts of all positions to the front and then has to spill sums.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn multiply_add<const VECTORS: usize>(
+    quad: &[u8; 4],
+    weights: [__m512i; VECTORS],
+    sums: &mut [__m512i; VECTORS],
+) {
+    match (weights.as_slice(), sums.as_mut_slice()) {
+        // SAFETY: the reference covers the 4 bytes that are read; nothing else is touched, and the CPU has the instructions.
+        (&[first, second], [sum, other]) => unsafe {
+            asm!(
+                "vpbroadcastd {a}, dword ptr [{quad}]",
+                "vpdpbusd {sum}, {a}, {first}",
+                "vpdpbusd {other}, {a}, {second}",
+                quad = in(reg) quad.as_ptr(), a = out(zmm_reg) _, first = in(zmm_reg) first, second = in(zmm_reg) second,
+                sum = inout(zmm_reg) *sum, other = inout(zmm_reg) *other,
+                options(readonly, nostack, preserves_flags)
+            );
+        },
+        _ => {
+            let activations = _mm512_set1_epi32(i32::from_le_bytes(*quad));
+            for (sum, weights) in sums.iter_mut().zip(weights) {
+                *sum = _mm512_dpbusd_epi32(*sum, activations, weights);
+            }
         }
     }
 }
@@ -160,18 +187,16 @@ pub(super) fn peak(repetitions: u32) -> u32 {
     repetitions * SUMS * 64
 }
 
-/// Sixteen sums to sixteen u8, see [`shared::quantize::requantize`]. Clamping before rounding is the same: the bounds are integers.
+/// Sixteen sums to sixteen u8, see [`shared::quantize::requantize`]. Raising negative sums to 0 first is the same, because the scale is
+/// positive; then the conversion saturates at 255, also from the 2^31 that stands for numbers beyond i32.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn requantize(sums: __m512i, scale: __m512) -> __m128i {
-    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
-    let clamped = _mm512_min_ps(
-        _mm512_max_ps(scaled, _mm512_setzero_ps()),
-        _mm512_set1_ps(255.0),
-    );
+    let positive = _mm512_max_epi32(sums, _mm512_setzero_si512());
+    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(positive), scale);
     let rounded =
-        _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(clamped);
-    _mm512_cvtepi32_epi8(rounded)
+        _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(scaled);
+    _mm512_cvtusepi32_epi8(rounded)
 }
 
 #[inline]

@@ -17,7 +17,6 @@
 use std::arch::is_aarch64_feature_detected;
 use std::fmt;
 use std::str::FromStr;
-use std::time::Instant;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -25,6 +24,7 @@ mod avx2;
 mod avx512vnni;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
+mod cpu_time;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -36,6 +36,7 @@ mod scalar;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cpu_time::cpu_time;
 pub(crate) use packing::{PackedBlock, Unpacked, pack};
 
 /// An implementation of the arithmetic for one instruction set. All give the same bits.
@@ -392,15 +393,15 @@ pub(crate) fn dense(kernel: Kernel, activations: &[u8], weights: &[u8], sums: &m
     }
 }
 
-/// Multiply-accumulates a second of one core doing nothing but the kernel's multiplication; `None` for scalar code.
+/// Multiply-accumulates a second of CPU time of one core doing nothing but the kernel's multiplication, the best of several short runs; `None` for scalar code.
 pub(crate) fn peak_macs_per_second(kernel: Kernel) -> Option<f64> {
     assert!(kernel.is_available(), "kernel {kernel} runs on this CPU");
     let run = || {
-        let started = Instant::now();
-        let macs = peak(kernel, 1_000_000)?;
-        Some(f64::from(macs) / started.elapsed().as_secs_f64())
+        let started = cpu_time();
+        let macs = peak(kernel, 200_000)?;
+        Some(f64::from(macs) / (cpu_time() - started).as_secs_f64())
     };
-    (0..9)
+    (0..25)
         .map(|_| run())
         .reduce(|best, next| if next > best { next } else { best })
         .flatten()
