@@ -502,6 +502,41 @@ mod tests {
     }
 
     #[test]
+    fn alert_rules_and_dashboard_name_metrics_that_exist() {
+        let metrics = used();
+        let delivery = Delivery {
+            channel: DeliveryChannel::hl7,
+            how: DeliveryEnd::delivered,
+        };
+        metrics.deliveries.get_or_create(&delivery).inc();
+        let status = Status {
+            temperature_celsius: Some(50.0),
+            certificate_expires_s: Some(1),
+            ..Status::default()
+        };
+        let text = metrics.text(&status, TextForm::Prometheus);
+        let asked = [
+            include_str!("../../packaging/edge.rules.yml"),
+            include_str!("../../packaging/dashboard.json"),
+        ]
+        .join("\n");
+        let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        let names = asked
+            .split(|c| !is_name(c))
+            .filter(|name| name.starts_with("edge_"));
+        let mut n_names = 0;
+        for name in names {
+            let has_it = text.lines().any(|line| {
+                let rest = line.strip_prefix(name);
+                rest.is_some_and(|rest| rest.starts_with(['{', ' ']))
+            });
+            assert!(has_it, "{name}");
+            n_names += 1;
+        }
+        assert!(n_names > 30);
+    }
+
+    #[test]
     fn promtool_finds_nothing_to_say() {
         let spawned = Command::new("promtool")
             .args(["check", "metrics"])

@@ -3,5 +3,8 @@
 //! [`metrics`] are the counters that every stage increments, scraped at `/metrics`; [`status`] is `/api/status` and `edge status`.
 //! Nothing here holds patient data.
 
+pub(crate) mod audit;
+pub(crate) mod log;
 pub(crate) mod metrics;
 pub(crate) mod status;
+pub(crate) mod systemd;

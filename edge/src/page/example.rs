@@ -90,6 +90,7 @@ pub(crate) fn study(
         patient: patient(name, number),
         is_phantom: false,
         is_lossy: false,
+        remarks: Vec::new(),
         first_received_ms: received - 31_000,
         last_received_ms: received,
         decided_ms: received + 60_000,

@@ -41,6 +41,7 @@ pub(crate) fn page(result: &StudyResult, view: View, is_anonymous: bool) -> Mark
                 h1 #answer { span.badge.(words.tone.class()) { (words.label) } " " span.who { (worklist::who(&person, result, is_anonymous)) } }
                 p.sentence { (words.sentence) }
                 p.quiet { (facts(&person, is_anonymous)) }
+                @for remark in &result.remarks { p.remark { (remark) } }
             }
             @if let (Some(score), true) = (result.score, words::is_meant(result)) {
                 dl.score {
