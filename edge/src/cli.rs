@@ -31,6 +31,14 @@ pub(crate) enum Command {
     /// Write a study's result as the documents that would be sent.
     #[command(hide = true)]
     Report(crate::send::export::ReportArguments),
+    /// Run the node: receive studies by DICOM, classify them while they arrive, send the results on.
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
+    /// Check a configuration file; all its faults are printed at once.
+    Check(ServeArgs),
+    /// Print a configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Parses foreign bytes for the other commands.
     #[command(name = WORKER_COMMAND, hide = true)]
     Worker,
@@ -50,6 +58,31 @@ Examples:
   edge bench
   edge bench --model pe.onnx --threads 4 --slices 100 --json
   edge bench --explain                      what runs where, layer by layer";
+
+const SERVE_HELP: &str = "\
+Examples:
+  edge serve                                AE PEEDGE on port 11112, page on http://127.0.0.1:8080
+  edge config init > edge.toml              a commented configuration to begin with
+  edge serve --config edge.toml
+
+SIGTERM: finish what is being sent, then stop. SIGHUP: read the configuration and the certificates again.";
+
+/// Arguments of `edge serve` and `edge check`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The configuration file [default: none; every setting has a default].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+/// What to print.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// A commented configuration to begin with.
+    Init,
+    /// The settings in force: the file's, and the defaults.
+    Show(ServeArgs),
+}
 
 /// Arguments of `edge classify`.
 #[derive(Debug, Args)]

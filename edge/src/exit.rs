@@ -10,9 +10,9 @@ Exit codes:
    1  a check failed: the model's self-test
    2  usage
   65  bad data: nothing could be analysed, or the model file cannot be used
-  69  a peer is down
+  69  a peer is down, or a port or the state folder is in use
   73  cannot write
-  78  configuration: the model file cannot be read, or this CPU lacks the kernel asked for";
+  78  configuration: it has faults, the model file cannot be read, or this CPU lacks the kernel asked for";
 
 /// How a command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub(crate) enum Exit {
     FailedCheck = 1,
     /// 65: bad data.
     BadData = 65,
+    /// 69: a peer is down, or something we need is in use.
+    Unavailable = 69,
     /// 73: cannot write.
     CannotWrite = 73,
     /// 78: configuration.

@@ -3,14 +3,18 @@
 //! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process, where
 //! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
 //! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
-//! them; [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
+//! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]). [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod classify;
 mod cli;
+#[allow(dead_code, reason = "what decides, sends and shows comes next")]
+mod config;
 mod exit;
 mod heatmap;
+#[allow(dead_code, reason = "what decides, sends and shows comes next")]
+mod intake;
 mod launch;
 mod model;
 #[cfg_attr(not(test), expect(dead_code, reason = "serve uses it when it lands"))]
@@ -23,6 +27,8 @@ mod result;
 #[allow(dead_code, reason = "the daemon that sends comes next")]
 mod send;
 mod series;
+#[allow(dead_code, reason = "what decides, sends and shows comes next")]
+mod serve;
 mod study;
 mod supervisor;
 mod tensor_file;
@@ -44,6 +50,9 @@ fn main() -> ExitCode {
         Command::Classify(arguments) => classify::run(arguments, &mut out),
         Command::Bench(arguments) => bench::run(arguments, &mut out),
         Command::Report(arguments) => send::export::run(arguments, &mut out),
+        Command::Serve(arguments) => serve::run(arguments),
+        Command::Check(arguments) => serve::check(arguments, &mut out),
+        Command::Config(command) => serve::config(command, &mut out),
         Command::Worker => return worker::run(),
     };
     match done {

@@ -40,6 +40,7 @@ use prescan::Scan;
 use std::borrow::Cow;
 use thiserror::Error;
 use transfer_syntax::Loss;
+pub use transfer_syntax::{Decodable, decodable};
 
 /// Why bytes cannot be read as a DICOM object.
 #[derive(Debug, Error)]

@@ -277,6 +277,27 @@ static TABLE: [TransferSyntax; 19] = [
     ),
 ];
 
+/// A transfer syntax that this build decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decodable {
+    /// The UID.
+    pub uid: &'static str,
+    /// Its name in PS3.6.
+    pub name: &'static str,
+    /// Whether it never changes values.
+    pub is_lossless: bool,
+}
+
+/// The transfer syntaxes that this build decodes, in the order of the table.
+pub fn decodable() -> impl Iterator<Item = Decodable> {
+    let built_in = TABLE.iter().filter(|row| row.is_built_in());
+    built_in.map(|row| Decodable {
+        uid: row.uid,
+        name: row.name,
+        is_lossless: row.loss == Loss::Lossless,
+    })
+}
+
 /// The row of a UID, `None` where nothing is known of its pixel data.
 pub(super) fn find(uid: &str) -> Option<&'static TransferSyntax> {
     TABLE.iter().find(|row| row.uid == uid)

@@ -1,0 +1,733 @@
+//! The configuration of `edge serve`: a TOML file in, a [`Config`] with every default applied and every range checked out.
+//!
+//! Only [`Config`] travels. All faults of a file are reported at once, each with line, column and, for an unknown key, the
+//! nearest known one. `edge config init` prints `default.toml`, which a test holds to the defaults here. Whether ports can be
+//! bound, folders written and peers reached is left to the parts that do so.
+
+mod read;
+mod show;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::de::DeTable;
+
+pub(crate) use read::Fault;
+use read::{Faults, Section};
+pub(crate) use show::show;
+
+/// The commented configuration that `edge config init` prints.
+pub(crate) const INITIAL: &str = include_str!("default.toml");
+/// Largest configuration file.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Most listed peers.
+const MAX_PEERS: usize = 256;
+
+/// Everything that can be set.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Config {
+    /// Our AE title.
+    pub(crate) ae_title: String,
+    /// Address the DICOM listener binds.
+    pub(crate) dicom_bind: IpAddr,
+    /// Its port; 0 lets the system choose.
+    pub(crate) dicom_port: u16,
+    /// Where the page is served.
+    pub(crate) http_bind: SocketAddr,
+    /// The one folder that is written.
+    pub(crate) state_dir: PathBuf,
+    /// The model file; `None`: the demonstration model.
+    pub(crate) model: Option<PathBuf>,
+    /// Threads of the network; `None`: all cores.
+    pub(crate) threads: Option<u32>,
+    /// A study without a new object for this long is complete.
+    pub(crate) quiet_time: Duration,
+    /// Whether an association that calls another AE title than ours is accepted. Default: while no peer is listed.
+    pub(crate) accept_any_called: bool,
+    /// Whether results of a model trained on the phantom may leave the box for studies that are no phantoms.
+    pub(crate) allow_demo_results: bool,
+    /// A folder whose files are taken in, too.
+    pub(crate) watch_folder: Option<PathBuf>,
+    /// Who may send, by calling AE title. Empty: everyone.
+    pub(crate) peers: BTreeMap<String, Peer>,
+    /// Bounds of the listener.
+    pub(crate) limits: Limits,
+    /// Where results go by C-STORE.
+    pub(crate) pacs: Option<Pacs>,
+    /// What is kept, and for how long.
+    pub(crate) retention: Retention,
+    /// DICOM over TLS.
+    pub(crate) tls: Option<Tls>,
+    /// Results as JSON by HTTP POST.
+    pub(crate) webhook: Option<Webhook>,
+    /// Results as HL7 ORU^R01 over MLLP.
+    pub(crate) hl7: Option<Hl7>,
+    /// Results by STOW-RS.
+    pub(crate) stow: Option<Stow>,
+    /// The page.
+    pub(crate) page: Page,
+}
+
+/// A peer that may send.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Peer {
+    /// Addresses and networks it may come from; empty: any.
+    pub(crate) addresses: Vec<Network>,
+}
+
+/// An address, or all addresses that share its first bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Network {
+    address: IpAddr,
+    prefix_bits: u8,
+}
+
+/// Bounds of the listener.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Limits {
+    /// Associations at a time.
+    pub(crate) max_associations: usize,
+    /// Associations at a time from one address.
+    pub(crate) max_per_address: usize,
+    /// Of `max_associations`, those that only listed peers get.
+    pub(crate) kept_for_listed: usize,
+    /// From the connection to the whole A-ASSOCIATE-RQ.
+    pub(crate) request_timeout: Duration,
+    /// From the first byte of a PDU to its last, and for each write.
+    pub(crate) pdu_timeout: Duration,
+    /// Between messages of an association.
+    pub(crate) idle_timeout: Duration,
+    /// Fewest bytes a second while a message is being sent, averaged over `rate_window`.
+    pub(crate) min_bytes_per_second: u64,
+    /// Over how long the rate is averaged.
+    pub(crate) rate_window: Duration,
+    /// Largest object.
+    pub(crate) max_object_bytes: u64,
+    /// How long associations may finish what they send when the node stops.
+    pub(crate) drain_timeout: Duration,
+}
+
+/// The PACS that gets results.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pacs {
+    /// Its AE title.
+    pub(crate) ae_title: String,
+    /// Host name or address.
+    pub(crate) host: String,
+    /// Port.
+    pub(crate) port: u16,
+    /// Whether it is spoken to over TLS, with the certificate of `[tls]`.
+    pub(crate) tls: bool,
+    /// Whether a secondary capture goes beside the structured report.
+    pub(crate) secondary_capture: bool,
+    /// Whether storage commitment is asked for.
+    pub(crate) storage_commitment: bool,
+}
+
+/// What is kept, and for how long.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Retention {
+    /// Everything with patient data is deleted after this time.
+    pub(crate) max_age: Duration,
+    /// Free bytes on the file system below which objects are refused.
+    pub(crate) keep_free_bytes: u64,
+    /// Most bytes of spooled objects.
+    pub(crate) quota_bytes: u64,
+}
+
+/// DICOM over TLS (BCP 195 profile of PS3.15 annex B.9).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tls {
+    /// Certificate chain, PEM.
+    pub(crate) certificate: PathBuf,
+    /// Private key, PEM.
+    pub(crate) key: PathBuf,
+    /// Authorities whose certificates peers must show, PEM.
+    pub(crate) client_ca: PathBuf,
+}
+
+/// A webhook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Webhook {
+    /// Where to POST.
+    pub(crate) url: String,
+    /// File with the key of the HMAC signature.
+    pub(crate) secret_file: PathBuf,
+}
+
+/// An HL7 receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hl7 {
+    /// Host name or address.
+    pub(crate) host: String,
+    /// Port.
+    pub(crate) port: u16,
+    /// MSH-4.
+    pub(crate) sending_facility: String,
+    /// MSH-5.
+    pub(crate) receiving_application: String,
+    /// MSH-6.
+    pub(crate) receiving_facility: String,
+}
+
+/// A STOW-RS server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stow {
+    /// The service's root, to which `/studies` is appended.
+    pub(crate) url: String,
+    /// File with a bearer token.
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// The page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Page {
+    /// File with the token that browsers must give; without it only loopback is served.
+    pub(crate) token_file: Option<PathBuf>,
+    /// Whether patient names stay hidden.
+    pub(crate) hide_patient_names: bool,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is larger than a configuration can be.
+    #[error("{}: more than {MAX_FILE_BYTES} bytes", path.display())]
+    TooLarge {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Its faults.
+    #[error("{}", Listed { path, faults })]
+    Faults {
+        /// Which.
+        path: PathBuf,
+        /// All of them, in the order of the file.
+        faults: Vec<Fault>,
+    },
+    /// Nothing says where to keep state.
+    #[error("no state folder: set state_dir in a configuration file, or HOME")]
+    NoStateFolder,
+}
+
+struct Listed<'a> {
+    path: &'a Path,
+    faults: &'a [Fault],
+}
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} fault(s)", self.path.display(), self.faults.len())?;
+        for fault in self.faults {
+            write!(f, "\n  {fault}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Reads the file, or takes the defaults where there is none.
+    ///
+    /// # Errors
+    /// The file cannot be read or has faults: all of them.
+    pub(crate) fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let fallback = default_state_dir();
+        let Some(path) = path else {
+            let config = Self::parse("", Path::new(""), fallback);
+            return config.map_err(|_| ConfigError::NoStateFolder);
+        };
+        let unreadable = |source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
+        if bytes > MAX_FILE_BYTES {
+            return Err(ConfigError::TooLarge {
+                path: path.to_owned(),
+            });
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Self::parse(&text, folder, fallback).map_err(|faults| ConfigError::Faults {
+            path: path.to_owned(),
+            faults,
+        })
+    }
+
+    /// Reads a configuration; paths in it are relative to `folder`.
+    ///
+    /// # Errors
+    /// Every fault, in the order of the text.
+    pub(crate) fn parse(
+        text: &str,
+        folder: &Path,
+        state_dir: Option<PathBuf>,
+    ) -> Result<Self, Vec<Fault>> {
+        let faults = Faults::new(text);
+        let (table, errors) = DeTable::parse_recoverable(text);
+        for error in &errors {
+            faults.push(&error.span().unwrap_or(0..0), error.message());
+        }
+        let span = table.span().start..table.span().start;
+        let mut root = Section::root(table.get_ref(), span, &faults);
+        let config = read_config(&mut root, folder, state_dir);
+        root.finish();
+        let faults = faults.into_list();
+        match config {
+            Some(config) if faults.is_empty() => Ok(config),
+            _ => Err(faults),
+        }
+    }
+}
+
+/// Reads all sections even where one has faults; `None` where something without a default is missing, with its fault kept.
+fn read_config(
+    root: &mut Section<'_>,
+    folder: &Path,
+    state_dir: Option<PathBuf>,
+) -> Option<Config> {
+    let peers = read_peers(root);
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+    let page = read_page(root, folder);
+    let http_bind = root.parsed("http_bind", socket_address).unwrap_or(loopback);
+    if !http_bind.ip().is_loopback() && page.token_file.is_none() {
+        let message = "http_bind: only loopback is served without [page] token_file";
+        root.fault("http_bind", message);
+    }
+    let pacs = read_pacs(root);
+    let tls = read_tls(root, folder);
+    if tls.is_none() && pacs.as_ref().is_some_and(|pacs| pacs.tls) {
+        root.fault("pacs", "[pacs] tls = true needs a section [tls]");
+    }
+    let state_dir = root.parsed("state_dir", path(folder)).or(state_dir);
+    if state_dir.is_none() {
+        root.fault(
+            "",
+            "state_dir is missing, and the environment names no home",
+        );
+    }
+    Some(Config {
+        ae_title: root
+            .checked_text("ae_title", ae_title)
+            .unwrap_or_else(|| "PEEDGE".to_owned()),
+        dicom_bind: root
+            .parsed("dicom_bind", address)
+            .unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        dicom_port: root.integer("dicom_port", 0..=u16::MAX).unwrap_or(11112),
+        http_bind,
+        model: root.parsed("model", path(folder)),
+        threads: root.integer("threads", 1..=64),
+        quiet_time: seconds(root.number("quiet_time_s", 0.1..=86_400.0), 60.0),
+        accept_any_called: root.flag("accept_any_called", peers.is_empty()),
+        allow_demo_results: root.flag("allow_demo_results", false),
+        watch_folder: root.parsed("watch_folder", path(folder)),
+        peers,
+        limits: read_limits(root),
+        pacs,
+        retention: read_retention(root),
+        tls,
+        webhook: read_webhook(root, folder),
+        hl7: read_hl7(root),
+        stow: read_stow(root, folder),
+        page,
+        state_dir: state_dir?,
+    })
+}
+
+fn read_peers(root: &mut Section<'_>) -> BTreeMap<String, Peer> {
+    let mut peers = BTreeMap::new();
+    for (title, _, mut section) in root.named_sections("peers") {
+        if let Err(message) = ae_title(&title) {
+            section.fault("", format!("[peers]: {message}"));
+        }
+        let addresses = section.list("address", Network::parse);
+        section.finish();
+        peers.insert(title, Peer { addresses });
+    }
+    if peers.len() > MAX_PEERS {
+        root.fault("peers", format!("[peers]: more than {MAX_PEERS}"));
+    }
+    peers
+}
+
+fn read_limits(root: &mut Section<'_>) -> Limits {
+    let mut section = root.section("limits");
+    let max_associations = section.integer("max_associations", 1..=256).unwrap_or(32);
+    let limits = Limits {
+        max_associations,
+        max_per_address: section.integer("max_per_address", 1..=256).unwrap_or(16),
+        kept_for_listed: section
+            .integer("kept_for_listed", 0..=256)
+            .unwrap_or(max_associations / 4),
+        request_timeout: seconds(section.number("request_timeout_s", 0.05..=600.0), 10.0),
+        pdu_timeout: seconds(section.number("pdu_timeout_s", 0.05..=600.0), 30.0),
+        idle_timeout: seconds(section.number("idle_timeout_s", 0.05..=86_400.0), 300.0),
+        min_bytes_per_second: section
+            .integer("min_bytes_per_second", 0..=1 << 30)
+            .unwrap_or(1024),
+        rate_window: seconds(section.number("rate_window_s", 0.05..=600.0), 10.0),
+        max_object_bytes: mib(section.integer("max_object_mib", 1..=65_536), 1024),
+        drain_timeout: seconds(section.number("drain_timeout_s", 0.0..=600.0), 10.0),
+    };
+    if limits.kept_for_listed >= limits.max_associations && limits.kept_for_listed > 0 {
+        section.fault(
+            "kept_for_listed",
+            format!(
+                "kept_for_listed = {} leaves nothing of max_associations = {max_associations}",
+                limits.kept_for_listed
+            ),
+        );
+    }
+    section.finish();
+    limits
+}
+
+fn read_pacs(root: &mut Section<'_>) -> Option<Pacs> {
+    let mut section = root.section("pacs");
+    let title = section.checked_text("ae_title", ae_title);
+    let host = section.checked_text("host", not_empty);
+    let port = section.integer("port", 1..=u16::MAX);
+    let tls = section.flag("tls", false);
+    let secondary_capture = section.flag("secondary_capture", false);
+    let storage_commitment = section.flag("storage_commitment", false);
+    section.require("ae_title");
+    section.require("host");
+    section.require("port");
+    section.finish();
+    Some(Pacs {
+        ae_title: title?,
+        host: host?,
+        port: port?,
+        tls,
+        secondary_capture,
+        storage_commitment,
+    })
+}
+
+fn read_retention(root: &mut Section<'_>) -> Retention {
+    let mut section = root.section("retention");
+    let days = section.number("max_age_days", 0.001..=365.0).unwrap_or(7.0);
+    let retention = Retention {
+        max_age: Duration::from_secs_f64(days * 86_400.0),
+        keep_free_bytes: mib(section.integer("keep_free_mib", 0..=1 << 30), 1024),
+        quota_bytes: mib(section.integer("quota_mib", 1..=1 << 30), 32_768),
+    };
+    section.finish();
+    retention
+}
+
+fn read_tls(root: &mut Section<'_>, folder: &Path) -> Option<Tls> {
+    let mut section = root.section("tls");
+    let certificate = section.parsed("certificate", path(folder));
+    let key = section.parsed("key", path(folder));
+    let client_ca = section.parsed("client_ca", path(folder));
+    section.require("certificate");
+    section.require("key");
+    section.require("client_ca");
+    section.finish();
+    Some(Tls {
+        certificate: certificate?,
+        key: key?,
+        client_ca: client_ca?,
+    })
+}
+
+fn read_webhook(root: &mut Section<'_>, folder: &Path) -> Option<Webhook> {
+    let mut section = root.section("webhook");
+    let url = section.checked_text("url", http_url);
+    let secret_file = section.parsed("secret_file", path(folder));
+    section.require("url");
+    section.require("secret_file");
+    section.finish();
+    Some(Webhook {
+        url: url?,
+        secret_file: secret_file?,
+    })
+}
+
+fn read_hl7(root: &mut Section<'_>) -> Option<Hl7> {
+    let mut section = root.section("hl7");
+    let host = section.checked_text("host", not_empty);
+    let port = section.integer("port", 1..=u16::MAX);
+    let sending_facility = section.text("sending_facility").unwrap_or_default();
+    let receiving_application = section.text("receiving_application").unwrap_or_default();
+    let receiving_facility = section.text("receiving_facility").unwrap_or_default();
+    section.require("host");
+    section.require("port");
+    section.finish();
+    Some(Hl7 {
+        host: host?,
+        port: port?,
+        sending_facility,
+        receiving_application,
+        receiving_facility,
+    })
+}
+
+fn read_stow(root: &mut Section<'_>, folder: &Path) -> Option<Stow> {
+    let mut section = root.section("stow");
+    let url = section.checked_text("url", http_url);
+    let token_file = section.parsed("token_file", path(folder));
+    section.require("url");
+    section.finish();
+    Some(Stow {
+        url: url?,
+        token_file,
+    })
+}
+
+fn read_page(root: &mut Section<'_>, folder: &Path) -> Page {
+    let mut section = root.section("page");
+    let page = Page {
+        token_file: section.parsed("token_file", path(folder)),
+        hide_patient_names: section.flag("hide_patient_names", false),
+    };
+    section.finish();
+    page
+}
+
+impl Network {
+    /// Reads `192.0.2.7` or `192.0.2.0/24`.
+    fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is neither an address nor a network such as 192.0.2.0/24");
+        let (address, bits) = match text.split_once('/') {
+            Some((address, bits)) => (address, Some(bits)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let prefix_bits = match bits {
+            Some(bits) => bits.parse().ok().filter(|bits| *bits <= most),
+            None => Some(most),
+        };
+        Ok(Self {
+            address,
+            prefix_bits: prefix_bits.ok_or_else(wrong)?,
+        })
+    }
+
+    /// Whether an address lies in it.
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
+        match (self.address, address.to_canonical()) {
+            (IpAddr::V4(network), IpAddr::V4(address)) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix_bits));
+                (network.to_bits() ^ address.to_bits()) & mask.unwrap_or(0) == 0
+            }
+            (IpAddr::V6(network), IpAddr::V6(address)) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix_bits));
+                (network.to_bits() ^ address.to_bits()) & mask.unwrap_or(0) == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix_bits)
+    }
+}
+
+/// Whether a text can be an AE title: PS3.5 section 6.2, VR AE.
+fn ae_title(text: &str) -> Result<(), String> {
+    let is_character = |c: char| (c == ' ' || c.is_ascii_graphic()) && c != '\\';
+    let is_title = !text.is_empty()
+        && text.len() <= 16
+        && text.chars().all(is_character)
+        && text.trim().len() == text.len();
+    if is_title {
+        Ok(())
+    } else {
+        Err(format!(
+            "`{text}` is no AE title: 1 to 16 ASCII characters, no backslash, no space at either end"
+        ))
+    }
+}
+
+fn not_empty(text: &str) -> Result<(), String> {
+    if text.is_empty() {
+        Err("is empty".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+fn http_url(text: &str) -> Result<(), String> {
+    if text.starts_with("http://") || text.starts_with("https://") {
+        Ok(())
+    } else {
+        Err(format!("`{text}` must begin with https:// or http://"))
+    }
+}
+
+fn address(text: &str) -> Result<IpAddr, String> {
+    text.parse().map_err(|_| format!("`{text}` is no address"))
+}
+
+fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("`{text}` is not ADDRESS:PORT such as 127.0.0.1:8080"))
+}
+
+fn path(folder: &Path) -> impl Fn(&str) -> Result<PathBuf, String> {
+    move |text| not_empty(text).map(|()| folder.join(text))
+}
+
+fn seconds(value: Option<f64>, default: f64) -> Duration {
+    Duration::from_secs_f64(value.unwrap_or(default))
+}
+
+fn mib(value: Option<u64>, default: u64) -> u64 {
+    value.unwrap_or(default) << 20
+}
+
+/// Where state is kept without a configuration: systemd's folder, else the user's.
+fn default_state_dir() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let user = || {
+        let base = variable("XDG_STATE_HOME").map(PathBuf::from);
+        let home = || variable("HOME").map(|home| Path::new(&home).join(".local/state"));
+        base.or_else(home).map(|base| base.join("pe-edge"))
+    };
+    variable("STATE_DIRECTORY").map(PathBuf::from).or_else(user)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, Vec<Fault>> {
+        Config::parse(text, Path::new("/etc/pe"), Some(PathBuf::from("/state")))
+    }
+
+    #[track_caller]
+    fn check_fault(text: &str, wanted: &str) {
+        let faults = parse(text).unwrap_err();
+        let printed: Vec<String> = faults.iter().map(Fault::to_string).collect();
+        assert_eq!(printed, [wanted]);
+    }
+
+    #[test]
+    fn empty_file_is_the_shipped_configuration() {
+        let config = parse("").unwrap();
+        assert_eq!(config.ae_title, "PEEDGE");
+        assert_eq!(config.dicom_port, 11112);
+        assert_eq!(config.http_bind.to_string(), "127.0.0.1:8080");
+        assert_eq!(config.quiet_time, Duration::from_secs(60));
+        assert!(config.accept_any_called && config.pacs.is_none());
+    }
+
+    #[test]
+    fn initial_file_uncommented_at_the_top_is_the_shipped_configuration() {
+        assert_eq!(parse(INITIAL), parse(""));
+        let settings = INITIAL.split("\n#[peers").next().unwrap();
+        let settings: String = uncomment(settings)
+            .lines()
+            .filter(|line| !line.starts_with("state_dir") && !line.starts_with("model"))
+            .filter(|line| !line.starts_with("watch_folder") && !line.starts_with("threads"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        assert_eq!(parse(&settings), parse(""), "{settings}");
+    }
+
+    #[test]
+    fn initial_file_wholly_uncommented_has_no_fault_and_names_every_key() {
+        let config = parse(&uncomment(INITIAL)).unwrap();
+        assert!(config.pacs.is_some() && config.tls.is_some() && config.stow.is_some());
+        let shown = show(&config);
+        assert_eq!(parse(&shown), Ok(config), "{shown}");
+        for line in shown.lines().filter(|line| line.contains(" = ")) {
+            let key = line.split(' ').next().unwrap();
+            assert!(INITIAL.contains(&format!("#{key} = ")), "{key}");
+        }
+    }
+
+    /// Settings are commented as `#key` and `#[section]`, prose as `# text`.
+    fn uncomment(text: &str) -> String {
+        let uncommented = text.lines().map(|line| match line.strip_prefix('#') {
+            Some(rest) if rest.starts_with(|c: char| c == '[' || c.is_ascii_lowercase()) => rest,
+            _ => line,
+        });
+        uncommented.map(|line| format!("{line}\n")).collect()
+    }
+
+    #[test]
+    fn unknown_key_is_placed_and_answered_with_the_nearest_one() {
+        check_fault(
+            "\nae_titel = \"X\"\n",
+            "line 2, column 1: unknown key `ae_titel`; did you mean `ae_title`?",
+        );
+        check_fault(
+            "[limits]\nmax_asociations = 3",
+            "line 2, column 1: unknown key `max_asociations` in [limits]; did you mean `max_associations`?",
+        );
+    }
+
+    #[test]
+    fn range_type_and_missing_key_are_placed() {
+        check_fault(
+            "dicom_port = 70000",
+            "line 1, column 14: dicom_port = 70000 is outside 0 to 65535",
+        );
+        check_fault(
+            "dicom_port = \"x\"",
+            "line 1, column 14: dicom_port must be a whole number, found string",
+        );
+        check_fault(
+            "[pacs]\nhost = \"h\"\nae_title = \"A\"",
+            "line 1, column 1: [pacs] needs port",
+        );
+        check_fault(
+            "http_bind = \"0.0.0.0:80\"",
+            "line 1, column 13: http_bind: only loopback is served without [page] token_file",
+        );
+    }
+
+    #[test]
+    fn all_faults_are_reported_at_once_in_the_order_of_the_file() {
+        let faults =
+            parse("colour = 1\ndicom_port = -1\n[tls]\nkey = 3\n[peers]\nX = 1").unwrap_err();
+        let lines: Vec<usize> = faults.iter().map(|fault| fault.line).collect();
+        assert_eq!(lines, [1, 2, 3, 3, 4, 6], "{faults:?}");
+    }
+
+    #[test]
+    fn text_that_is_no_toml_is_a_fault_with_its_place() {
+        let faults = parse("ae_title = \n").unwrap_err();
+        assert_eq!(faults[0].line, 1, "{faults:?}");
+    }
+
+    #[test]
+    fn network_contains_its_addresses_only() {
+        let inside = |network: &str, address: &str| {
+            Network::parse(network)
+                .unwrap()
+                .contains(address.parse().unwrap())
+        };
+        assert!(inside("192.0.2.0/24", "192.0.2.255"));
+        assert!(!inside("192.0.2.0/24", "192.0.3.0"));
+        assert!(inside("192.0.2.7", "::ffff:192.0.2.7"));
+        assert!(inside("0.0.0.0/0", "203.0.113.9"));
+        assert!(!inside("0.0.0.0/0", "2001:db8::1"));
+        assert!(inside("2001:db8::/32", "2001:db8:1::1"));
+        assert!(Network::parse("192.0.2.0/33").is_err());
+    }
+
+    #[test]
+    fn relative_paths_are_relative_to_the_file() {
+        let config = parse("model = \"m.onnx\"\nstate_dir = \"/var/x\"").unwrap();
+        assert_eq!(config.model, Some(PathBuf::from("/etc/pe/m.onnx")));
+        assert_eq!(config.state_dir, PathBuf::from("/var/x"));
+    }
+}

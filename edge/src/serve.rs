@@ -1,0 +1,214 @@
+//! Starts the parts of the node, reloads its configuration on SIGHUP and stops it gracefully on SIGTERM.
+//!
+//! In: a configuration file or none. The listener is up before anything slow begins. What a part does is its own business; here stands only
+//! what is started in which order, and how it ends.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::cli::{ConfigCommand, ServeArgs};
+use crate::config::{self, Config, ConfigError};
+use crate::exit::{Exit, Failure, failure};
+use crate::intake::spool::{Spool, SpoolError, SpoolLimits};
+use crate::intake::{Intake, Listener};
+
+/// Threads of the runtime; the network and the worker have their own.
+const RUNTIME_THREADS: usize = 2;
+
+/// What the parts of the node share.
+#[derive(Debug)]
+pub(crate) struct NodeState {
+    /// What came in.
+    pub(crate) spool: Arc<Spool>,
+    /// The configuration in force.
+    pub(crate) config: watch::Receiver<Arc<Config>>,
+    /// The DICOM side and its counters.
+    pub(crate) intake: Arc<Intake>,
+    /// True as soon as the node stops.
+    pub(crate) stopping: watch::Receiver<bool>,
+}
+
+/// `edge serve`.
+///
+/// # Errors
+/// `Configuration` for faults of the file, `Unavailable` where a port or the state folder is in use, `CannotWrite` where the state
+/// folder cannot be written.
+pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
+    let config = load(arguments.config.as_deref())?;
+    log_to_stderr();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .enable_all()
+        .build()
+        .context("starting the runtime")
+        .map_err(failure(Exit::Unavailable))?;
+    runtime.block_on(serve(config, arguments.config.clone()))
+}
+
+/// `edge check`.
+///
+/// # Errors
+/// `Configuration` for faults of the file.
+pub(crate) fn check(arguments: &ServeArgs, out: &mut impl Write) -> Result<Exit, Failure> {
+    load(arguments.config.as_deref())?;
+    writeln!(out, "no faults").map_err(failure(Exit::CannotWrite))?;
+    Ok(Exit::Ok)
+}
+
+/// `edge config`.
+///
+/// # Errors
+/// `Configuration` for faults of the file, `CannotWrite` where the output is gone.
+pub(crate) fn config(command: &ConfigCommand, out: &mut impl Write) -> Result<Exit, Failure> {
+    let text = match command {
+        ConfigCommand::Init => config::INITIAL.to_owned(),
+        ConfigCommand::Show(arguments) => config::show(&load(arguments.config.as_deref())?),
+    };
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(failure(Exit::CannotWrite))?;
+    Ok(Exit::Ok)
+}
+
+fn load(path: Option<&Path>) -> Result<Config, Failure> {
+    Config::load(path).map_err(failure::<ConfigError>(Exit::Configuration))
+}
+
+/// JSON lines on standard error. No line holds patient data.
+fn log_to_stderr() {
+    let subscriber = tracing_subscriber::fmt()
+        .json()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::INFO)
+        .finish();
+    // Fails only where a logger was set before, which is as good.
+    drop(tracing::subscriber::set_global_default(subscriber));
+}
+
+async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
+    let mut signals = Signals::new().map_err(failure(Exit::Unavailable))?;
+    let spool = open_spool(&config)?;
+    let address = SocketAddr::new(config.dicom_bind, config.dicom_port);
+    let listener = Listener::bind(address)
+        .with_context(|| format!("DICOM port {address}"))
+        .map_err(failure(Exit::Unavailable))?;
+    let dicom_address = listener.address().map_err(failure(Exit::Unavailable))?;
+    let (reload, config) = watch::channel(Arc::new(config));
+    let (stop, stopping) = watch::channel(false);
+    let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone()));
+    let node = Arc::new(NodeState {
+        spool,
+        config,
+        intake,
+        stopping,
+    });
+    let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
+    tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
+    loop {
+        match signals.next().await {
+            Asked::Reload => reload_config(path.as_deref(), &reload, &node),
+            Asked::Stop => break,
+        }
+    }
+    tracing::info!("stopping");
+    stop.send_replace(true);
+    listening
+        .await
+        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
+    let counts = node.spool.counts();
+    tracing::info!(objects = counts.objects, "stopped");
+    Ok(Exit::Ok)
+}
+
+fn open_spool(config: &Config) -> Result<Arc<Spool>, Failure> {
+    let folder = config.state_dir.join("spool");
+    Spool::open(&folder, &spool_limits(config)).map_err(|error| {
+        let exit = match error {
+            SpoolError::InUse(_) => Exit::Unavailable,
+            _ => Exit::CannotWrite,
+        };
+        failure(exit)(
+            anyhow!(error).context(format!("state folder {}", config.state_dir.display())),
+        )
+    })
+}
+
+fn spool_limits(config: &Config) -> SpoolLimits {
+    SpoolLimits {
+        quota_bytes: config.retention.quota_bytes,
+        keep_free_bytes: config.retention.keep_free_bytes,
+        max_object_bytes: config.limits.max_object_bytes,
+        ..SpoolLimits::default()
+    }
+}
+
+/// Reads the file again. One with faults changes nothing; what cannot change while the node runs stays and is named.
+fn reload_config(path: Option<&Path>, reload: &watch::Sender<Arc<Config>>, node: &NodeState) {
+    let mut config = match Config::load(path) {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!(%error, "configuration not reloaded");
+            return;
+        }
+    };
+    let old = Arc::clone(&reload.borrow());
+    let is_fixed_changed = (
+        &config.state_dir,
+        config.dicom_bind,
+        config.dicom_port,
+        config.http_bind,
+    ) != (
+        &old.state_dir,
+        old.dicom_bind,
+        old.dicom_port,
+        old.http_bind,
+    );
+    if is_fixed_changed {
+        tracing::warn!(
+            "state_dir, dicom_bind, dicom_port and http_bind change only with a restart"
+        );
+        config.state_dir.clone_from(&old.state_dir);
+        config.dicom_bind = old.dicom_bind;
+        config.dicom_port = old.dicom_port;
+        config.http_bind = old.http_bind;
+    }
+    node.spool.set_limits(spool_limits(&config));
+    reload.send_replace(Arc::new(config));
+    tracing::info!("configuration reloaded");
+}
+
+/// What the operator asks for.
+enum Asked {
+    Reload,
+    Stop,
+}
+
+struct Signals {
+    reload: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            reload: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.reload.recv() => Asked::Reload,
+        }
+    }
+}
