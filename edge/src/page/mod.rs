@@ -27,7 +27,7 @@ use engine::Contributions;
 use shared::uid::Uid;
 use tokio::sync::broadcast;
 
-use crate::operate::metrics::{Metrics, TextForm};
+use crate::operate::metrics::{Counts, Metrics, TextForm};
 use crate::operate::status::Status;
 use crate::result::{SliceResult, StudyResult};
 
@@ -44,7 +44,9 @@ pub(crate) struct Sources {
     pub(crate) slice: Box<dyn Fn(&SliceResult, bool) -> Result<Shown, NotShown> + Send + Sync>,
     /// The daemon's state.
     pub(crate) status: Box<dyn Fn() -> Status + Send + Sync>,
-    /// The daemon's counters.
+    /// What the stages have counted.
+    pub(crate) counts: Box<dyn Fn() -> Counts + Send + Sync>,
+    /// What is counted with labels.
     pub(crate) metrics: Metrics,
     /// Something changed.
     pub(crate) changed: broadcast::Sender<()>,
@@ -91,6 +93,6 @@ impl fmt::Debug for Sources {
 impl Sources {
     /// The counters as text.
     pub(crate) fn metrics_text(&self, form: TextForm) -> String {
-        self.metrics.text(&(self.status)(), form)
+        self.metrics.text(&(self.counts)(), &(self.status)(), form)
     }
 }

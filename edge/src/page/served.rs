@@ -8,7 +8,7 @@ use shared::TENSOR_BYTES;
 use tokio::sync::broadcast;
 
 use super::{NotShown, Settings, Shown, Sources, example, routes};
-use crate::operate::metrics::Metrics;
+use crate::operate::metrics::{Counts, Metrics};
 use crate::operate::status::Status;
 
 /// A page over the examples; it ends with the test.
@@ -43,6 +43,7 @@ fn serve(settings: Settings) -> Served {
             studies: 8,
             ..Status::default()
         }),
+        counts: Box::new(Counts::default),
         metrics: Metrics::default(),
         changed: changed.clone(),
     };
