@@ -5,7 +5,11 @@ weights and an order of batches, lets `trainer train --init --order` and Keras e
 and compares the loss of every step: the first five within 1e-3, all within 2e-2, relative to max(loss, 0.05). (Adam's
 first steps divide by the root of a tiny mean, which amplifies rounding.)
 
-    KERAS_BACKEND=torch python keras_parity.py --trainer target/debug/trainer --data CACHE
+`--control N` says how much of a difference is rounding alone: Keras takes the same steps N more times from first weights of which each
+was moved by one unit in the last place, up or down at random, and is compared with itself. Then the trainer is held to the
+limits above, or to the control's largest difference where that is larger.
+
+    KERAS_BACKEND=torch python keras_parity.py --trainer target/debug/trainer --data CACHE --control 3
 """
 
 import argparse
@@ -74,6 +78,15 @@ def write_safetensors(path, tensors, metadata):
         file.write(struct.pack("<Q", len(head)) + head + b"".join(parts))
 
 
+def keras_losses(model, images, labels, order):
+    losses = []
+    for batch in order:
+        x = images[batch].transpose(0, 2, 3, 1).astype(np.float32) / np.float32(255)
+        losses.append(float(model.train_on_batch(x, labels[batch].astype(np.float32)[:, None])))
+        model.reset_metrics()
+    return losses
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", required=True)
@@ -82,6 +95,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--width", type=float, default=1 / 16)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--control", type=int, default=0, metavar="N", help="runs of Keras against itself, moved by one ulp")
     arguments = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
@@ -105,17 +119,23 @@ def main():
         command += ["--init", weights, "--order", steps, "--out", run]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         ours = [float(row["loss"]) for row in csv.DictReader(open(os.path.join(run, "history.csv")))]
-    theirs = []
-    for batch in order:
-        x = images[batch].transpose(0, 2, 3, 1).astype(np.float32) / np.float32(255)
-        theirs.append(float(model.train_on_batch(x, labels[batch].astype(np.float32)[:, None])))
-        model.reset_metrics()
+    first = [np.asarray(value) for value in model.get_weights()]
+    theirs = keras_losses(model, images, labels, order)
     ours, theirs = np.array(ours), np.array(theirs)
     assert len(ours) == arguments.steps, f"{len(ours)} steps in history.csv"
     error = np.abs(ours - theirs) / np.maximum(theirs, 0.05)
     for step in range(arguments.steps):
         print(f"{step + 1:3d}  trainer {ours[step]:.6f}  keras {theirs[step]:.6f}  relative {error[step]:.1e}")
-    is_equal = error[:5].max() <= 1e-3 and error.max() <= 2e-2
+    limits = [1e-3, 2e-2]
+    for run in range(arguments.control):
+        moved = build(keras, arguments.width)
+        nudge = np.random.default_rng(1000 + run)
+        moved.set_weights([np.nextafter(value, np.where(nudge.random(value.shape) < 0.5, -np.inf, np.inf).astype(np.float32))
+                           if value.ndim > 1 else value for value in first])
+        control = np.abs(np.array(keras_losses(moved, images, labels, order)) - theirs) / np.maximum(theirs, 0.05)
+        print(f"control {run + 1}: keras against keras moved by one ulp: first five {control[:5].max():.1e}, all {control.max():.1e}")
+        limits = [max(limits[0], control[:5].max()), max(limits[1], control.max())]
+    is_equal = error[:5].max() <= limits[0] and error.max() <= limits[1]
     print(f"keras {keras.__version__} ({keras.backend.backend()}): first five {error[:5].max():.1e}, all {error.max():.1e}: "
           + ("equal" if is_equal else "NOT EQUAL"))
     return 0 if is_equal else 1

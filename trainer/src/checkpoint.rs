@@ -184,7 +184,7 @@ fn read(
             .collect())
     };
     let mut moments = Vec::new();
-    for Parameter { name, variable } in parameters {
+    for Parameter { name, variable, .. } in parameters {
         let restored = candle_core::Tensor::from_vec(
             values(name, variable.dims())?,
             variable.shape(),

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use shared::RESEARCH_USE;
 
 use crate::architecture::{ARCHITECTURES, Architecture, Family};
+use crate::backbone::backbone;
 use crate::bootstrap::{Interval, intervals};
 use crate::cache::{Cache, write_atomically};
 use crate::evaluate;
@@ -59,6 +60,10 @@ pub struct CompareArgs {
     /// `image` reproduces the publication's leakage
     #[arg(long, value_enum, default_value_t = SplitBy::Study)]
     pub split: SplitBy,
+    /// Folder with ImageNet weights in torchvision's naming, `resnet50.safetensors` and `inception_v3.safetensors`; the transfer learners
+    /// then have width 1. Without it they learn from random weights at `--width`
+    #[arg(long, value_name = "DIR")]
+    pub imagenet: Option<PathBuf>,
     /// Folder of the runs and the table
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -127,13 +132,14 @@ fn compare_one(
     let folder = args.out.join(system.name);
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let work = format!(
-        "data {} width {} epochs {:?} batch {} seed {} split {:?}",
+        "data {} width {} epochs {:?} batch {} seed {} split {:?} imagenet {:?}",
         cache.digest(),
         args.width,
         args.epochs,
         args.batch,
         args.seed,
-        args.split
+        args.split,
+        args.imagenet
     );
     let finished = folder.join(RESULT_FILE);
     if let Ok(text) = std::fs::read_to_string(&finished)
@@ -183,9 +189,17 @@ fn train_one(
         reason = "a share of at most 5,000 images"
     )]
     let n_images = (f64::from(system.n_images) * TRAINED_SHARE) as usize;
+    let init = match (backbone(system.family, 1.0), &args.imagenet) {
+        (Some(backbone), Some(folder)) => {
+            Some(folder.join(format!("{}.safetensors", backbone.weights_name)))
+        }
+        _ => None,
+    };
     let options = TrainOptions {
         model: system.name.to_owned(),
-        width: args.width,
+        width: if init.is_some() { 1.0 } else { args.width },
+        random_init: init.is_none(),
+        init,
         epochs: args.epochs,
         batch: args.batch,
         seed: args.seed,
@@ -282,6 +296,19 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
         if let Some(reason) = &row.reason {
             _ = writeln!(text, "\n{}: not trained: {reason}", system.name);
         }
+    }
+    if rows
+        .iter()
+        .any(|(system, _)| backbone(system.family, 1.0).is_some())
+    {
+        text.push_str(if args.imagenet.is_some() {
+            "\nThe transfer learners have width 1 and begin with ImageNet's weights."
+        } else {
+            "\nThe transfer learners began with random weights at the width above: nothing was transferred (`--imagenet DIR` gives ImageNet's)."
+        });
+        text.push_str(
+            " The publication says neither their images nor their epochs: 1,000 and 5 here.\n",
+        );
     }
     text.push_str(
         "\nThe published recall in both readings: as printed it is the sensitivity for what the publication calls positive. Its positive is column 0 of \

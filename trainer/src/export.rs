@@ -5,6 +5,9 @@
 //! `logit` f32 `[N,1]` -> Sigmoid -> `probability` f32 `[N,1]`. A tensor has its producer's name, the shape of every tensor
 //! stands in `value_info`, weights are raw data, the manifest stands in `metadata_props` under
 //! [`shared::manifest::METADATA_KEY`]. Making the file smaller and faster is [`crate::quantize`]'s.
+//!
+//! A transfer learner's weights come under torchvision's names; its file holds the batch normalisations folded into the convolutions, and the
+//! normalisation of the image as a 1x1 convolution `normalise`, which a kernel that pads with zeros cannot take into itself.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -12,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
+use candle_core::{Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Serialize;
 use shared::manifest::{
@@ -20,8 +24,10 @@ use shared::manifest::{
 use shared::spec::PreprocessSpec;
 
 use crate::architecture::{self, Architecture, Family, pooled_side};
+use crate::backbone::{Backbone, Layer, Node, Source, Window, backbone};
 use crate::cache::write_atomically;
 use crate::exit::{Exit, fault};
+use crate::network::{Network, NetworkError};
 use crate::onnx::{
     self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
@@ -37,6 +43,8 @@ pub const IMAGE_SCALE: f32 = 1.0 / 255.0;
 
 const SIDE: usize = 256;
 const CHANNELS: usize = 3;
+/// Self-test images that a transfer learner's random weights get their statistics from.
+const SETTLING_IMAGES: usize = 4;
 
 /// One weight or bias: shape outermost first, values row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,6 +87,9 @@ pub enum ExportError {
     /// The file cannot be encoded.
     #[error(transparent)]
     Onnx(#[from] OnnxError),
+    /// Random weights could not be made.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
 }
 
 /// The f32 graph of `architecture` at `width` over `weights`, without manifest.
@@ -91,12 +102,99 @@ pub fn float_model(
     width: f64,
     weights: &Weights,
 ) -> Result<ModelProto, ExportError> {
-    match architecture.family {
-        Family::Convolutional => convolutional_model(architecture, width, weights),
-        Family::Majority | Family::Resnet50 | Family::InceptionV3 => Err(ExportError::NoNetwork {
+    match (architecture.family, backbone(architecture.family, width)) {
+        (_, Some(backbone)) => transfer_model(architecture, &backbone, weights),
+        (Family::Convolutional, None) => convolutional_model(architecture, width, weights),
+        _ => Err(ExportError::NoNetwork {
             name: architecture.name,
         }),
     }
+}
+
+/// The graph of a transfer learner.
+fn transfer_model(
+    architecture: &Architecture,
+    backbone: &Backbone,
+    weights: &Weights,
+) -> Result<ModelProto, ExportError> {
+    let mut graph = GraphBuilder::begin(architecture.name);
+    let scaled = graph.scaled_image();
+    let image = graph.normalised_image(&scaled, backbone);
+    // Name and rows and columns of each node's output.
+    let mut outputs: Vec<(String, [usize; 2])> = Vec::new();
+    for node in &backbone.nodes {
+        let of_source = |source: &Source| match *source {
+            Source::Image => (image.clone(), [SIDE; 2]),
+            Source::Node(index) => outputs[index].clone(),
+        };
+        let inputs: Vec<(String, [usize; 2])> = node.inputs.iter().map(of_source).collect();
+        outputs.push(graph.backbone_node(backbone, node, &inputs, weights)?);
+    }
+    let features = outputs.last().map_or("", |(name, _)| name.as_str());
+    let n_features = backbone.n_features();
+    let flatten = NodeProto::new("Flatten", "flatten", &[features], "flatten").with_int("axis", 1);
+    graph.node(flatten, &[n_features]);
+    graph.weight("fc.weight", weights, &[1, n_features])?;
+    graph.weight("fc.bias", weights, &[1])?;
+    graph.dense("fc", "flatten", LOGIT, 1);
+    Ok(graph.finish())
+}
+
+/// The values of `name`, which must have the shape `expected`.
+fn checked<'a>(
+    weights: &'a Weights,
+    name: &str,
+    expected: &[usize],
+) -> Result<&'a [f32], ExportError> {
+    let missing = || ExportError::Missing {
+        name: name.to_owned(),
+    };
+    let weight = weights.get(name).ok_or_else(missing)?;
+    if weight.shape != expected || weight.values.len() != expected.iter().product::<usize>() {
+        return Err(ExportError::Shape {
+            name: name.to_owned(),
+            found: weight.shape.clone(),
+            expected: expected.to_vec(),
+        });
+    }
+    Ok(&weight.values)
+}
+
+/// Kernel and bias with the normalisation `norm` folded in: `gamma (W x - mean) / sqrt(variance + epsilon) + beta`.
+fn folded(
+    weights: &Weights,
+    (kernel, shape): (&str, &[usize]),
+    norm: &str,
+    epsilon: f32,
+) -> Result<(Vec<f32>, Vec<f32>), ExportError> {
+    let n_outputs = shape[0];
+    let field = |field: &str| checked(weights, &format!("{norm}.{field}"), &[n_outputs]);
+    let (gamma, beta) = (field("weight")?, field("bias")?);
+    let (mean, variance) = (field("running_mean")?, field("running_var")?);
+    let mut kernel = checked(weights, &format!("{kernel}.weight"), shape)?.to_vec();
+    let mut bias = beta.to_vec();
+    let a_channel = kernel.len() / n_outputs.max(1);
+    for (channel, kernel) in kernel.chunks_exact_mut(a_channel.max(1)).enumerate() {
+        let factor = gamma[channel] / (variance[channel] + epsilon).sqrt();
+        kernel.iter_mut().for_each(|value| *value *= factor);
+        bias[channel] -= mean[channel] * factor;
+    }
+    Ok((kernel, bias))
+}
+
+/// A node with the window's attributes.
+fn windowed(node: NodeProto, window: Window) -> NodeProto {
+    let signed = |extents: &[usize]| -> Vec<i64> {
+        // A window's extents are a few dozen.
+        extents
+            .iter()
+            .map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX))
+            .collect()
+    };
+    let [rows, columns] = window.padding;
+    node.with_ints("kernel_shape", &signed(&window.kernel))
+        .with_ints("pads", &signed(&[rows, columns, rows, columns]))
+        .with_ints("strides", &signed(&[window.stride, window.stride]))
 }
 
 /// Shapes of all weights of a convolutional `architecture` at `width`, by name.
@@ -241,21 +339,98 @@ impl GraphBuilder {
         weights: &Weights,
         expected: &[usize],
     ) -> Result<(), ExportError> {
-        let missing = || ExportError::Missing {
-            name: name.to_owned(),
-        };
-        let weight = weights.get(name).ok_or_else(missing)?;
-        if weight.shape != expected || weight.values.len() != expected.iter().product::<usize>() {
-            return Err(ExportError::Shape {
-                name: name.to_owned(),
-                found: weight.shape.clone(),
-                expected: expected.to_vec(),
-            });
-        }
-        self.graph
-            .initializer
-            .push(TensorProto::float(name, expected, &weight.values));
+        let values = checked(weights, name, expected)?;
+        self.constant(name, expected, values);
         Ok(())
+    }
+
+    fn constant(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+        let constant = TensorProto::float(name, shape, values);
+        self.graph.initializer.push(constant);
+    }
+
+    /// `(image - mean) / deviation` in each channel, as a 1x1 convolution; returns the tensor's name.
+    fn normalised_image(&mut self, image: &str, backbone: &Backbone) -> String {
+        let (mut kernel, mut bias) = ([0.0; CHANNELS * CHANNELS], [0.0; CHANNELS]);
+        for channel in 0..CHANNELS {
+            kernel[channel * (CHANNELS + 1)] = 1.0 / backbone.deviation[channel];
+            bias[channel] = -backbone.mean[channel] / backbone.deviation[channel];
+        }
+        self.constant("normalise.weight", &[CHANNELS, CHANNELS, 1, 1], &kernel);
+        self.constant("normalise.bias", &[CHANNELS], &bias);
+        let inputs = [image, "normalise.weight", "normalise.bias"];
+        let window = Window {
+            kernel: [1, 1],
+            stride: 1,
+            padding: [0, 0],
+        };
+        let node = NodeProto::new("Conv", "normalise", &inputs, "normalise");
+        self.node(windowed(node, window), &[CHANNELS, SIDE, SIDE]);
+        "normalise".to_owned()
+    }
+
+    /// Adds a node of a backbone; returns name and rows and columns of its output.
+    fn backbone_node(
+        &mut self,
+        backbone: &Backbone,
+        node: &Node,
+        inputs: &[(String, [usize; 2])],
+        weights: &Weights,
+    ) -> Result<(String, [usize; 2]), ExportError> {
+        let (name, channels) = (node.name.as_str(), node.channels);
+        let names: Vec<&str> = inputs.iter().map(|(name, _)| name.as_str()).collect();
+        let input_sides = inputs.first().map_or([0, 0], |(_, sides)| *sides);
+        let sides_of = |window: Window| window.output(input_sides).unwrap_or([0, 0]);
+        let (new, sides, has_relu) = match &node.layer {
+            Layer::Convolution {
+                kernel_name,
+                norm_name,
+                window,
+                has_relu,
+            } => {
+                let [rows, columns] = window.kernel;
+                let shape = [
+                    channels,
+                    backbone.channels_of(node.inputs[0]),
+                    rows,
+                    columns,
+                ];
+                let (kernel, bias) =
+                    folded(weights, (kernel_name, &shape), norm_name, backbone.epsilon)?;
+                let constants = [format!("{name}.weight"), format!("{name}.bias")];
+                self.constant(&constants[0], &shape, &kernel);
+                self.constant(&constants[1], &[channels], &bias);
+                let inputs = [names[0], &constants[0], &constants[1]];
+                let node = NodeProto::new("Conv", name, &inputs, name);
+                (windowed(node, *window), sides_of(*window), *has_relu)
+            }
+            Layer::MaxPool(window) => {
+                let node = NodeProto::new("MaxPool", name, &names, name);
+                (windowed(node, *window), sides_of(*window), false)
+            }
+            Layer::AveragePool(window) => {
+                let node = NodeProto::new("AveragePool", name, &names, name);
+                let node = windowed(node, *window).with_int("count_include_pad", 1);
+                (node, sides_of(*window), false)
+            }
+            Layer::GlobalAverage => {
+                let node = NodeProto::new("GlobalAveragePool", name, &names, name);
+                (node, [1, 1], false)
+            }
+            Layer::AddRelu => (NodeProto::new("Add", name, &names, name), input_sides, true),
+            Layer::Concat => {
+                let node = NodeProto::new("Concat", name, &names, name).with_int("axis", 1);
+                (node, input_sides, false)
+            }
+        };
+        let dims = [channels, sides[0], sides[1]];
+        self.node(new, &dims);
+        if !has_relu {
+            return Ok((name.to_owned(), sides));
+        }
+        let relu = format!("{name}.relu");
+        self.node(NodeProto::new("Relu", &relu, &[name], &relu), &dims);
+        Ok((relu, sides))
     }
 
     fn dense(&mut self, name: &str, input: &str, output: &str, n_outputs: usize) {
@@ -282,16 +457,43 @@ impl GraphBuilder {
     }
 }
 
+/// A transfer learner's random weights, with the statistics that they have on the self-test's images.
+fn random_transfer(
+    architecture: &'static Architecture,
+    width: f64,
+    seed: u64,
+) -> Result<Weights, NetworkError> {
+    let network = Network::new(architecture, width, seed, &Device::Cpu)?;
+    let mut images = vec![0; SETTLING_IMAGES * shared::TENSOR_BYTES];
+    for (seed, image) in (1..).zip(images.chunks_exact_mut(shared::TENSOR_BYTES)) {
+        shared::selftest::image(seed, image);
+    }
+    let shape = (SETTLING_IMAGES, CHANNELS, SIDE, SIDE);
+    network.settle(&Tensor::from_vec(images, shape, &Device::Cpu)?)?;
+    let mut weights = Weights::new();
+    for parameter in network.parameters() {
+        let weight = Weight {
+            shape: parameter.variable.dims().to_vec(),
+            values: parameter.variable.flatten_all()?.to_vec1()?,
+        };
+        weights.insert(parameter.name.clone(), weight);
+    }
+    Ok(weights)
+}
+
 /// Random weights: Glorot-uniform kernels, small random biases; the same for the same seed.
 ///
 /// # Errors
 ///
 /// [`ExportError::NoNetwork`] where the architecture has no layers.
 pub fn random_weights(
-    architecture: &Architecture,
+    architecture: &'static Architecture,
     width: f64,
     seed: u64,
 ) -> Result<Weights, ExportError> {
+    if backbone(architecture.family, width).is_some() {
+        return Ok(random_transfer(architecture, width, seed)?);
+    }
     if architecture.family != Family::Convolutional {
         return Err(ExportError::NoNetwork {
             name: architecture.name,
@@ -577,30 +779,35 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
-
     use super::*;
     use crate::execute::FloatGraph;
-    use crate::network::Network;
 
     #[test]
     fn exported_file_gives_the_network_s_logits() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["vanilla", "two-conv-dense64", "final"] {
+        for name in [
+            "vanilla",
+            "two-conv-dense64",
+            "final",
+            "resnet50",
+            "inception-v3",
+        ] {
             let architecture = architecture::find(name).unwrap();
             let network = Network::new(architecture, 0.02, 7, &Device::Cpu).unwrap();
             let (weights, out) = (
                 folder.path().join("model.safetensors"),
                 folder.path().join("model.onnx"),
             );
+            let mut image = vec![0; shared::TENSOR_BYTES];
+            shared::selftest::image(1, &mut image);
+            let shape = (1, CHANNELS, SIDE, SIDE);
+            let images = Tensor::from_vec(image.clone(), shape, &Device::Cpu).unwrap();
+            network.settle(&images).unwrap();
             network.save(&weights).unwrap();
             export(&weights, &new_manifest(architecture, 0.02), &out).unwrap();
             let model = onnx::read(&std::fs::read(&out).unwrap()).unwrap();
             let graph = FloatGraph::new(&model).unwrap();
-            let mut image = vec![0; shared::TENSOR_BYTES];
-            shared::selftest::image(1, &mut image);
             let ours = graph.logit(&image, &mut |_, _| {}).unwrap();
-            let images = Tensor::from_vec(image, (1, CHANNELS, SIDE, SIDE), &Device::Cpu).unwrap();
             let logits = network.forward(&images).unwrap();
             let candle = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
             // Sums of f32 in another order.
@@ -612,16 +819,16 @@ mod tests {
     }
 
     #[test]
-    fn every_convolutional_row_exports_and_the_others_are_refused_by_name() {
+    fn every_row_with_a_network_exports_and_the_baseline_is_refused_by_name() {
         for architecture in architecture::ARCHITECTURES {
             let weights = random_weights(architecture, 0.01, 1);
-            if architecture.family == Family::Convolutional {
-                let model = float_model(architecture, 0.01, &weights.unwrap()).unwrap();
-                assert_eq!(model.graph().unwrap().output[0].name, LOGIT);
-            } else {
+            if architecture.family == Family::Majority {
                 assert!(
                     matches!(weights, Err(ExportError::NoNetwork { name }) if name == architecture.name)
                 );
+            } else {
+                let model = float_model(architecture, 0.01, &weights.unwrap()).unwrap();
+                assert_eq!(model.graph().unwrap().output[0].name, LOGIT);
             }
         }
     }

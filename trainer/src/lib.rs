@@ -1,8 +1,9 @@
 //! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, initialise, network, operators, train, checkpoint, metrics, bootstrap, export,
-//! quantize, verify, report.
+//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, train, checkpoint, metrics,
+//! bootstrap, export, quantize, verify, report.
 
 pub mod architecture;
+pub mod backbone;
 pub mod batches;
 pub mod bootstrap;
 pub mod cache;
@@ -17,6 +18,7 @@ pub mod evaluate;
 pub mod execute;
 pub mod exit;
 pub mod export;
+pub mod features;
 pub mod index;
 pub mod initialise;
 pub mod interrupt;
@@ -38,4 +40,5 @@ pub mod source;
 pub mod split;
 pub mod stats;
 pub mod train;
+pub mod transfer;
 pub mod verify;

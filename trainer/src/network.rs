@@ -11,10 +11,12 @@ use candle_core::{DType, Device, Tensor, Var};
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::architecture::{self, Architecture, Family, pooled_side};
+use crate::backbone::{Backbone, backbone};
 use crate::checkpoint::write_atomically;
 use crate::initialise::glorot_uniform;
 use crate::operators::convolution::ConvolutionReluPool;
 use crate::operators::dense::{Dense, Flatten};
+use crate::transfer::{self, First};
 
 /// Why a network was not built, run, loaded or saved.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +25,9 @@ pub enum NetworkError {
     /// No such row, or a row without weights.
     #[error("`{0}` is not a network that can be trained")]
     NotTrainable(String),
+    /// A network without backbone was asked for features.
+    #[error("`{0}` has no backbone")]
+    NoBackbone(String),
     /// The weights file lacks something or has another shape.
     #[error("weights file {path}: {fault}")]
     Weights {
@@ -48,10 +53,12 @@ pub enum NetworkError {
 /// A weights variable and the name it has in files.
 #[derive(Debug, Clone)]
 pub struct Parameter {
-    /// `conv1.weight`, `conv1.bias`, ..., `dense2.bias`.
+    /// `conv1.weight`, `conv1.bias`, ..., `dense2.bias`; those of the transfer learners as torchvision names them.
     pub name: String,
     /// The values, f32.
     pub variable: Var,
+    /// Whether training changes it.
+    pub is_trained: bool,
 }
 
 /// A network with its weights.
@@ -61,14 +68,24 @@ pub struct Network {
     width: f64,
     device: Device,
     parameters: Vec<Parameter>,
-    n_convolutions: usize,
+    body: Body,
 }
 
-/// Shape of one parameter and the fans of its first values (`None`: zero).
-struct Plan {
-    name: String,
-    shape: Vec<usize>,
-    fans: Option<(usize, usize)>,
+/// What the images go through.
+#[derive(Debug)]
+enum Body {
+    /// Convolutions with ReLU and max pool, and two dense layers.
+    Convolutional { n_convolutions: usize },
+    /// A backbone and one dense layer.
+    Transfer(Backbone),
+}
+
+/// One parameter, before it has values.
+pub(crate) struct Plan {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) first: First,
+    pub(crate) is_trained: bool,
 }
 
 /// The parameters of a convolutional row, in the order the data meets them.
@@ -81,12 +98,14 @@ fn plan(architecture: &Architecture, width: f64, side: usize) -> Vec<Plan> {
         plans.push(Plan {
             name: format!("{name}.weight"),
             shape,
-            fans: Some(fans),
+            first: First::Glorot(fans.0, fans.1),
+            is_trained: true,
         });
         plans.push(Plan {
             name: format!("{name}.bias"),
             shape: vec![n_out],
-            fans: None,
+            first: First::Constant(0.0),
+            is_trained: true,
         });
     };
     for (index, &channels) in units.convolutions.iter().enumerate() {
@@ -133,20 +152,30 @@ impl Network {
         seed: u64,
         device: &Device,
     ) -> Result<Self, NetworkError> {
-        if architecture.family != Family::Convolutional {
-            return Err(NetworkError::NotTrainable(architecture.name.into()));
-        }
+        let (body, plans) = match (architecture.family, backbone(architecture.family, width)) {
+            (_, Some(backbone)) => {
+                let plans = transfer::plan(&backbone, architecture.is_backbone_frozen);
+                (Body::Transfer(backbone), plans)
+            }
+            (Family::Convolutional, None) => {
+                let n_convolutions = architecture.convolutions.len();
+                let body = Body::Convolutional { n_convolutions };
+                (body, plan(architecture, width, side))
+            }
+            _ => return Err(NetworkError::NotTrainable(architecture.name.into())),
+        };
         let mut parameters = Vec::new();
-        for (stream, plan) in (0u64..).zip(plan(architecture, width, side)) {
+        for (stream, plan) in (0u64..).zip(plans) {
             let n: usize = plan.shape.iter().product();
-            let first = match plan.fans {
-                Some((fan_in, fan_out)) => glorot_uniform(n, fan_in, fan_out, seed, stream),
-                None => vec![0.0; n],
+            let first = match plan.first {
+                First::Glorot(fan_in, fan_out) => glorot_uniform(n, fan_in, fan_out, seed, stream),
+                First::Constant(value) => vec![value; n],
             };
             let variable = Var::from_tensor(&Tensor::from_vec(first, plan.shape, device)?)?;
             parameters.push(Parameter {
                 name: plan.name,
                 variable,
+                is_trained: plan.is_trained,
             });
         }
         Ok(Self {
@@ -154,7 +183,7 @@ impl Network {
             width,
             device: device.clone(),
             parameters,
-            n_convolutions: architecture.convolutions.len(),
+            body,
         })
     }
 
@@ -196,17 +225,44 @@ impl Network {
         self.set_from(path, &read(path)?)
     }
 
+    /// Replaces the weights of the backbone by those of a file in torchvision's naming; `fc` too where it has one output, else it keeps its
+    /// values (the file's is for other classes). The auxiliary classifier and `num_batches_tracked` are left out.
+    ///
+    /// # Errors
+    /// As [`Network::set_weights`].
+    pub fn set_pretrained(&self, path: &Path) -> Result<(), NetworkError> {
+        self.set_where(path, &read(path)?, |name, shape| {
+            let is_left_out =
+                name.starts_with("AuxLogits.") || name.ends_with("num_batches_tracked");
+            !is_left_out && !(name.starts_with("fc.") && shape.first() != Some(&1))
+        })
+    }
+
     fn set_from(&self, path: &Path, bytes: &[u8]) -> Result<(), NetworkError> {
+        self.set_where(path, bytes, |_, _| true)
+    }
+
+    /// Replaces the weights by those of a file for which `is_read` (name, shape) holds. Only `fc` may be missing, and only where it is not read.
+    fn set_where(
+        &self,
+        path: &Path,
+        bytes: &[u8],
+        is_read: impl Fn(&str, &[usize]) -> bool,
+    ) -> Result<(), NetworkError> {
         let fault = |fault: String| NetworkError::Weights {
             path: path.into(),
             fault,
         };
         let file = SafeTensors::deserialize(bytes).map_err(|error| fault(error.to_string()))?;
         for name in file.names() {
-            if !self
-                .parameters
-                .iter()
-                .any(|parameter| parameter.name == name)
+            let is_unread = file
+                .tensor(name)
+                .is_ok_and(|view| !is_read(name, view.shape()));
+            if !is_unread
+                && !self
+                    .parameters
+                    .iter()
+                    .any(|parameter| parameter.name == name)
             {
                 return Err(fault(format!(
                     "`{name}` is not a parameter of {}",
@@ -214,10 +270,13 @@ impl Network {
                 )));
             }
         }
-        for Parameter { name, variable } in &self.parameters {
+        for Parameter { name, variable, .. } in &self.parameters {
             let view = file
                 .tensor(name)
                 .map_err(|_| fault(format!("`{name}` is missing")))?;
+            if !is_read(name, view.shape()) {
+                continue;
+            }
             if view.shape() != variable.dims() || view.dtype() != Dtype::F32 {
                 return Err(fault(format!(
                     "`{name}` is {:?} {:?}, not F32 {:?}",
@@ -270,10 +329,71 @@ impl Network {
     /// # Errors
     /// When the images have another shape or type.
     pub fn forward(&self, images: &Tensor) -> Result<Tensor, NetworkError> {
+        match &self.body {
+            Body::Convolutional { n_convolutions } => self.convolutional(images, *n_convolutions),
+            Body::Transfer(_) => self.head(&self.features(images)?),
+        }
+    }
+
+    /// Features `[image, feature]` f32 of a transfer learner's backbone; [`Network::head`] makes logits of them.
+    ///
+    /// # Errors
+    /// As [`Network::forward`]; where there is no backbone.
+    pub fn features(&self, images: &Tensor) -> Result<Tensor, NetworkError> {
+        let backbone = self.backbone()?;
+        Ok(transfer::features(backbone, &self.parameters, images)?)
+    }
+
+    /// Logits `[image, 1]` f32 of a backbone's features.
+    ///
+    /// # Errors
+    /// As [`Network::features`].
+    pub fn head(&self, features: &Tensor) -> Result<Tensor, NetworkError> {
+        self.backbone()?;
+        Ok(transfer::head(&self.parameters, features)?)
+    }
+
+    /// Sets the statistics of a backbone's normalisations to those of `images`, for random weights; nothing where there is no backbone.
+    ///
+    /// # Errors
+    /// As [`Network::forward`].
+    pub fn settle(&self, images: &Tensor) -> Result<(), NetworkError> {
+        if let Body::Transfer(backbone) = &self.body {
+            transfer::settle(backbone, &self.parameters, images)?;
+        }
+        Ok(())
+    }
+
+    /// Whether it is a transfer learner.
+    #[must_use]
+    pub fn has_backbone(&self) -> bool {
+        matches!(self.body, Body::Transfer(_))
+    }
+
+    /// Whether the features of an image stay what they are while the network learns.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.has_backbone() && self.architecture.is_backbone_frozen
+    }
+
+    pub(crate) fn backbone(&self) -> Result<&Backbone, NetworkError> {
+        match &self.body {
+            Body::Transfer(backbone) => Ok(backbone),
+            Body::Convolutional { .. } => {
+                Err(NetworkError::NoBackbone(self.architecture.name.into()))
+            }
+        }
+    }
+
+    fn convolutional(
+        &self,
+        images: &Tensor,
+        n_convolutions: usize,
+    ) -> Result<Tensor, NetworkError> {
         let mut map = images.clone();
         let mut parameters = self.parameters.chunks_exact(2);
         let mut n_channels = 0;
-        for (index, layer) in parameters.by_ref().take(self.n_convolutions).enumerate() {
+        for (index, layer) in parameters.by_ref().take(n_convolutions).enumerate() {
             let (weight, bias) = (&layer[0].variable, &layer[1].variable);
             map = map.apply_op3(weight, bias, ConvolutionReluPool::new(index > 0))?;
             n_channels = weight.dim(0)?;

@@ -21,6 +21,7 @@ use shared::manifest::{METADATA_KEY, Manifest, Precision, SelfTest, Validation};
 use crate::cache::Cache;
 use crate::calibrate::{self, Method, Observation, Range};
 use crate::execute::{ExecuteError, FloatGraph, Tensor};
+use crate::exit::{Exit, fault};
 use crate::export::{IMAGE, IMAGE_SCALE, LOGIT, write_file};
 use crate::index::Part;
 use crate::onnx::{
@@ -1330,6 +1331,18 @@ pub fn quantize_file(
         manifest.precision == Precision::Float32,
         "the file is quantized already"
     );
+    if options.profile == Profile::Standard
+        && let Some(node) = branch(model.graph()?)
+    {
+        return Err(fault(
+            Exit::Usage,
+            format!(
+                "{}: node {} ({}) is no link of a chain of layers, and the int8 engine computes nothing else in integers; its logits would not be \
+                 the same on every machine. Deploy the f32 file, or quantize for TensorRT with --profile tensorrt",
+                manifest.architecture, node.name, node.op_type
+            ),
+        ));
+    }
     let (mut quantized, report) = quantize_model(&model, images, options, &|| {})?;
     drop(model);
     let mut manifest = Manifest {
@@ -1361,6 +1374,17 @@ pub fn quantize_file(
         quantized.set_metadata(METADATA_KEY, manifest.to_json());
     }
     Ok((onnx::write(&quantized)?, report))
+}
+
+/// The first node that a chain of convolutions, max pools and dense layers does not have.
+fn branch(graph: &GraphProto) -> Option<&NodeProto> {
+    let is_branch = |node: &&NodeProto| {
+        matches!(
+            node.op_type.as_str(),
+            "Add" | "Concat" | "AveragePool" | "GlobalAveragePool"
+        )
+    };
+    graph.node.iter().find(is_branch)
 }
 
 /// The logits that the scalar kernel, which is the definition, gives on the self-test's images.

@@ -20,10 +20,14 @@ use serde::{Deserialize, Serialize};
 use shared::{CHANNELS, SIDE};
 
 use crate::architecture::{self, Architecture, Family, OptimiserKind};
-use crate::batches::{Augmentation, Batch, Sample, Sampling, augment, for_each_batch, read_order};
+use crate::backbone::backbone;
+use crate::batches::{
+    Augmentation, Batch, Sample, Sampling, augment, for_each_batch, read_batch, read_order,
+};
 use crate::cache::Cache;
 use crate::checkpoint::{self, Position, write_atomically};
 use crate::exit::{Exit, fault};
+use crate::features::Features;
 use crate::index::Part;
 use crate::interrupt;
 use crate::network::Network;
@@ -39,6 +43,8 @@ const ADAM_RATE: f64 = 0.001;
 const DEFAULT_BATCH: usize = 50;
 /// Images in one batch of validation: bounds its memory.
 const VALIDATION_BATCH: usize = 16;
+/// Training images that the statistics of a transfer learner's random weights are taken from.
+const SETTLING_IMAGES: usize = 32;
 /// Share of the learning rate that is left at the end of a cosine schedule, and after each third of a step schedule.
 const FINAL_SHARE: f64 = 0.01;
 const STEP_SHARE: f64 = 0.1;
@@ -93,6 +99,8 @@ pub struct TrainOptions {
     pub augmentation: Augmentation,
     /// First weights; `None`: drawn from the seed.
     pub init: Option<PathBuf>,
+    /// Whether a transfer learner may begin with random weights.
+    pub random_init: bool,
     /// The rows of each step; overrides split, sampling and epochs.
     pub order: Option<PathBuf>,
     /// Whether to continue the run in the folder, where there is one.
@@ -117,6 +125,7 @@ impl Default for TrainOptions {
             patience: None,
             augmentation: Augmentation::default(),
             init: None,
+            random_init: false,
             order: None,
             resume: false,
         }
@@ -207,7 +216,7 @@ pub struct TrainArgs {
     /// Where to compute: `cpu`
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
-    /// First weights, a safetensors file
+    /// First weights, a safetensors file; for the transfer learners one of ImageNet weights in torchvision's naming
     #[arg(long, value_name = "FILE", conflicts_with = "random_init")]
     pub init: Option<PathBuf>,
     /// Draw the first weights from the seed (the default, except for the transfer learners)
@@ -241,6 +250,7 @@ impl TrainArgs {
             patience: self.patience,
             augmentation: self.augmentation,
             init: self.init.clone(),
+            random_init: self.random_init,
             order: self.order.clone(),
             resume: self.resume,
         }
@@ -317,10 +327,16 @@ pub fn train_until(
     fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
     let plan = Plan::new(options, architecture, cache)?;
     let network = Network::new(architecture, options.width, options.seed, &Device::Cpu)?;
-    if let Some(path) = &options.init {
-        network.set_weights(path)?;
+    match &options.init {
+        Some(path) if network.has_backbone() => network.set_pretrained(path)?,
+        Some(path) => network.set_weights(path)?,
+        None if network.has_backbone() => settle(&network, options, &plan, cache)?,
+        None => {}
     }
+    // Augmented images have features of their own in each epoch.
+    let keeps_features = network.is_frozen() && options.augmentation == Augmentation::default();
     let mut run = Run {
+        features: keeps_features.then(Features::default),
         options,
         plan: &plan,
         cache,
@@ -341,6 +357,14 @@ pub fn train_until(
     run.finish(is_stopped)
 }
 
+/// Gives a transfer learner's random weights statistics: those of the first images of the first step.
+fn settle(network: &Network, options: &TrainOptions, plan: &Plan, cache: &Cache) -> Result<()> {
+    let steps = plan.steps(options, 0);
+    let rows: Vec<usize> = steps.into_iter().flatten().take(SETTLING_IMAGES).collect();
+    let (images, _) = to_tensors(read_batch(cache, &rows, [1.0; 2]))?;
+    Ok(network.settle(&images)?)
+}
+
 fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
     let usage = |message: String| fault(Exit::Usage, message);
     let architecture = architecture::find(&options.model).ok_or_else(|| {
@@ -356,6 +380,13 @@ fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
     })?;
     if architecture.family == Family::Majority {
         return Err(usage("`baseline` has no weights to train".into()));
+    }
+    let backbone = backbone(architecture.family, options.width);
+    if let (Some(backbone), None, false) = (backbone, &options.init, options.random_init) {
+        return Err(usage(format!(
+            "`{}` learns by transfer: give its ImageNet weights with --init FILE (torchvision's {}, as safetensors), or say --random-init",
+            architecture.name, backbone.weights_name
+        )));
     }
     if !(options.width > 0.0 && options.width <= 4.0) {
         return Err(usage(format!(
@@ -516,6 +547,8 @@ struct Run<'a> {
     validation: Option<(f64, f64)>,
     /// Mean loss of the last whole epoch.
     last_loss: f64,
+    /// Of a frozen backbone.
+    features: Option<Features>,
 }
 
 impl Run<'_> {
@@ -595,7 +628,7 @@ impl Run<'_> {
                 }
                 let n_images = batch.n_images() as u64;
                 let begin = Instant::now();
-                let loss = self.step(batch, steps.len())?;
+                let loss = self.step(batch, &steps[index], steps.len())?;
                 self.watch.training += begin.elapsed();
                 self.watch.n_images += n_images;
                 self.position.step += 1;
@@ -638,15 +671,22 @@ impl Run<'_> {
     }
 
     /// One optimiser step; returns the loss before it.
-    fn step(&mut self, batch: Batch, steps_in_epoch: usize) -> Result<f32> {
+    fn step(&mut self, batch: Batch, rows: &[usize], steps_in_epoch: usize) -> Result<f32> {
         let (images, targets) = to_tensors(batch)?;
-        let loss = self
-            .network
-            .forward(&images)?
-            .apply_op2(&targets, BinaryCrossEntropy)?;
+        let logits = match &mut self.features {
+            Some(features) => {
+                let features = features.of(&self.network, self.cache, rows)?;
+                self.network.head(&features)?
+            }
+            None => self.network.forward(&images)?,
+        };
+        let loss = logits.apply_op2(&targets, BinaryCrossEntropy)?;
         let gradients = loss.backward()?;
         let rate = self.rate(steps_in_epoch);
         for (parameter, moments) in self.network.parameters().iter().zip(&mut self.moments) {
+            if !parameter.is_trained {
+                continue;
+            }
             let variable = &parameter.variable;
             let gradient = gradients
                 .get(variable)
@@ -669,7 +709,7 @@ impl Run<'_> {
         let n_steps = usize::try_from(self.position.step_in_epoch).context("steps of an epoch")?;
         let rate = self.rate(n_steps);
         self.last_loss = self.mean_loss();
-        self.validation = validate(&self.network, self.cache, &self.plan.validation.rows())?;
+        self.validation = self.validate()?;
         self.position = Position {
             epoch: self.position.epoch + 1,
             step_in_epoch: 0,
@@ -703,6 +743,20 @@ impl Run<'_> {
         self.save()
     }
 
+    /// Mean loss and accuracy (at logit 0) on the validation part; `None` where it is empty.
+    fn validate(&mut self) -> Result<Option<(f64, f64)>> {
+        let rows = self.plan.validation.rows();
+        let logits = match &mut self.features {
+            _ if rows.is_empty() => return Ok(None),
+            Some(features) => {
+                let features = features.of(&self.network, self.cache, &rows)?;
+                self.network.head(&features)?.flatten_all()?.to_vec1()?
+            }
+            None => logits(&self.network, self.cache, &rows)?,
+        };
+        Ok(Some(judge(&logits, self.cache, &rows)))
+    }
+
     fn save(&self) -> Result<()> {
         checkpoint::save(
             self.out,
@@ -724,8 +778,7 @@ impl Run<'_> {
                 self.network.set_weights(&self.out.join(BEST_FILE))?;
             }
             if self.validation.is_none() || self.options.patience.is_some() {
-                self.validation =
-                    validate(&self.network, self.cache, &self.plan.validation.rows())?;
+                self.validation = self.validate()?;
             }
             self.network.save(&weights)?;
         }
@@ -784,26 +837,21 @@ pub fn logits(network: &Network, cache: &Cache, rows: &[usize]) -> Result<Vec<f3
     Ok(logits)
 }
 
-/// Mean loss and accuracy (at logit 0) of cache rows; `None` where there are none.
+/// Mean loss and accuracy (at logit 0) of the logits of cache rows.
 #[expect(
     clippy::cast_precision_loss,
     reason = "counts of slices are far below 2^53"
 )]
-fn validate(network: &Network, cache: &Cache, rows: &[usize]) -> Result<Option<(f64, f64)>> {
-    if rows.is_empty() {
-        return Ok(None);
-    }
+fn judge(logits: &[f32], cache: &Cache, rows: &[usize]) -> (f64, f64) {
     let (mut loss, mut n_right) = (0.0, 0usize);
-    for (logit, row) in logits(network, cache, rows)?.into_iter().zip(rows) {
-        let (logit, pe_present) = (f64::from(logit), cache.rows()[*row].pe_present);
+    for (logit, row) in logits.iter().zip(rows) {
+        let (logit, pe_present) = (f64::from(*logit), cache.rows()[*row].pe_present);
         let label = f64::from(u8::from(pe_present));
         loss += logit.max(0.0) - logit * label + (-logit.abs()).exp().ln_1p();
         n_right += usize::from((logit > 0.0) == pe_present);
     }
-    Ok(Some((
-        loss / rows.len() as f64,
-        n_right as f64 / rows.len() as f64,
-    )))
+    let n = rows.len() as f64;
+    (loss / n, n_right as f64 / n)
 }
 
 /// Keeps the header and the rows whose first column is at most `last`: what was written after the checkpoint is done

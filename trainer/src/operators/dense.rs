@@ -96,9 +96,9 @@ pub struct Dense {
 
 /// A matrix in memory: distance from one row, and from one column, to the next.
 #[derive(Clone, Copy)]
-struct Strides {
-    row: usize,
-    column: usize,
+pub(super) struct Strides {
+    pub(super) row: usize,
+    pub(super) column: usize,
 }
 
 impl Strides {
@@ -115,18 +115,30 @@ impl Strides {
 }
 
 /// `product[m, n] = left[m, k] x right[k, n]`, on the calling thread.
-#[expect(
-    clippy::many_single_char_names,
-    reason = "m, n, k are the matrix product's own names"
-)]
 fn multiply(
-    (m, n, k): (usize, usize, usize),
+    sizes: (usize, usize, usize),
     product: &mut [f32],
     p: Strides,
     left: &[f32],
     l: Strides,
     right: &[f32],
     r: Strides,
+) {
+    matrix_product(sizes, product, p, (left, l), (right, r), false);
+}
+
+/// `product[m, n] = left[m, k] x right[k, n]`, to which the old `product` is added where `adds`; on the calling thread.
+#[expect(
+    clippy::many_single_char_names,
+    reason = "m, n, k are the matrix product's own names"
+)]
+pub(super) fn matrix_product(
+    (m, n, k): (usize, usize, usize),
+    product: &mut [f32],
+    p: Strides,
+    (left, l): (&[f32], Strides),
+    (right, r): (&[f32], Strides),
+    adds: bool,
 ) {
     assert!(
         p.fits(m, n, product.len()) && l.fits(m, k, left.len()) && r.fits(k, n, right.len()),
@@ -143,14 +155,14 @@ fn multiply(
             product.as_mut_ptr(),
             p_column,
             p_row,
-            false,
+            adds,
             left.as_ptr(),
             l_column,
             l_row,
             right.as_ptr(),
             r_column,
             r_row,
-            0f32,
+            if adds { 1f32 } else { 0f32 },
             1f32,
             false,
             false,

@@ -2,8 +2,9 @@
 //!
 //! 1. [`convolution`]: 3x3 valid convolution + bias + ReLU + 2x2 max pool as one operator;
 //! 2. [`dense`]: rearranging the last feature map into channel, row, column order, and dense layers;
-//! 3. [`loss`]: binary cross-entropy on logits;
-//! 4. [`optimiser`]: Keras' Adam and SGD, in place.
+//! 3. [`spatial`]: the transfer learners' convolutions, pools and sums, of any window;
+//! 4. [`loss`]: binary cross-entropy on logits;
+//! 5. [`optimiser`]: Keras' Adam and SGD, in place.
 //!
 //! candle's own operators are not used for these because they are slow on the CPU and because some are wrong: the
 //! gradient of its max pool, of ReLU at 0, and its cross-entropy from |logit| = 17 on.
@@ -17,6 +18,7 @@ mod definition;
 pub mod dense;
 pub mod loss;
 pub mod optimiser;
+pub mod spatial;
 mod vector;
 
 use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
