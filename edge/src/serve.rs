@@ -7,19 +7,25 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 
 use crate::cli::{ConfigCommand, ServeArgs};
 use crate::config::{self, Config, ConfigError};
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::spool::{Spool, SpoolError, SpoolLimits};
 use crate::intake::{Intake, Listener};
+use crate::operate::metrics::Metrics;
+use crate::{operate, page};
 
 /// Threads of the runtime; the network and the worker have their own.
 const RUNTIME_THREADS: usize = 2;
+/// Changes that a listening browser may lag behind; more are told as one.
+const PAGE_CHANGES: usize = 16;
 
 /// What the parts of the node share.
 #[derive(Debug)]
@@ -32,6 +38,12 @@ pub(crate) struct NodeState {
     pub(crate) intake: Arc<Intake>,
     /// True as soon as the node stops.
     pub(crate) stopping: watch::Receiver<bool>,
+    /// When the node started.
+    pub(crate) started: Instant,
+    /// What is counted with labels.
+    pub(crate) metrics: Metrics,
+    /// The page shows something else than before.
+    pub(crate) page_changed: broadcast::Sender<()>,
 }
 
 /// `edge serve`.
@@ -41,7 +53,7 @@ pub(crate) struct NodeState {
 /// folder cannot be written.
 pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
     let config = load(arguments.config.as_deref())?;
-    log_to_stderr();
+    operate::log::begin();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .enable_all()
@@ -80,17 +92,6 @@ fn load(path: Option<&Path>) -> Result<Config, Failure> {
     Config::load(path).map_err(failure::<ConfigError>(Exit::Configuration))
 }
 
-/// JSON lines on standard error. No line holds patient data.
-fn log_to_stderr() {
-    let subscriber = tracing_subscriber::fmt()
-        .json()
-        .with_writer(std::io::stderr)
-        .with_max_level(tracing::Level::INFO)
-        .finish();
-    // Fails only where a logger was set before, which is as good.
-    drop(tracing::subscriber::set_global_default(subscriber));
-}
-
 async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let mut signals = Signals::new().map_err(failure(Exit::Unavailable))?;
     let spool = open_spool(&config)?;
@@ -99,6 +100,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         .with_context(|| format!("DICOM port {address}"))
         .map_err(failure(Exit::Unavailable))?;
     let dicom_address = listener.address().map_err(failure(Exit::Unavailable))?;
+    let (page_listener, page_settings) = page_listener(&config).await?;
     let (reload, config) = watch::channel(Arc::new(config));
     let (stop, stopping) = watch::channel(false);
     let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone()));
@@ -107,15 +109,34 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         config,
         intake,
         stopping,
+        started: Instant::now(),
+        metrics: Metrics::default(),
+        page_changed: broadcast::channel(PAGE_CHANGES).0,
     });
     let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
+    let router = page::routes::router(page::node::sources(&node), page_settings);
+    tokio::spawn(page::server::run(
+        page_listener,
+        router,
+        node.stopping.clone(),
+    ));
+    tokio::spawn(operate::systemd::feed(
+        node.stopping.clone(),
+        work_of(&node),
+    ));
+    operate::systemd::ready(&format!("listening on {dicom_address}"));
     tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
     loop {
         match signals.next().await {
-            Asked::Reload => reload_config(path.as_deref(), &reload, &node),
+            Asked::Reload => {
+                operate::systemd::reloading();
+                reload_config(path.as_deref(), &reload, &node);
+                operate::systemd::ready(&format!("listening on {dicom_address}"));
+            }
             Asked::Stop => break,
         }
     }
+    operate::systemd::stopping();
     tracing::info!("stopping");
     stop.send_replace(true);
     listening
@@ -124,6 +145,25 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let counts = node.spool.counts();
     tracing::info!(objects = counts.objects, "stopped");
     Ok(Exit::Ok)
+}
+
+/// Binds the page's address, before anything is told to be ready.
+async fn page_listener(config: &Config) -> Result<(TcpListener, page::Settings), Failure> {
+    let settings = page::node::settings(config)
+        .context("token file of the page")
+        .map_err(failure(Exit::Configuration))?;
+    let listener = TcpListener::bind(config.http_bind)
+        .await
+        .with_context(|| format!("page on {}", config.http_bind))
+        .map_err(failure(Exit::Unavailable))?;
+    tracing::info!(http_address = ?listener.local_addr(), "page");
+    Ok((listener, settings))
+}
+
+/// What waits and what is finished, for the watchdog.
+fn work_of(node: &Arc<NodeState>) -> impl Fn() -> (u64, u64) + Send + 'static {
+    let node = Arc::clone(node);
+    move || (0, node.intake.counters.stored.get())
 }
 
 fn open_spool(config: &Config) -> Result<Arc<Spool>, Failure> {

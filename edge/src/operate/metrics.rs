@@ -329,6 +329,11 @@ fn register_status(registry: &mut Registry, status: &Status) {
     let count = |value: u64| value as f64;
     let is = |value: bool| if value { 1.0 } else { 0.0 };
     gauge(
+        "associations_open",
+        "Associations that are open",
+        count(status.associations_open),
+    );
+    gauge(
         "waiting",
         "Objects that wait for analysis",
         count(status.waiting),

@@ -4,6 +4,7 @@
 //! what happened; [`systemd`] tells the service manager; [`model_store`] keeps the models. Nothing here holds patient data.
 
 pub(crate) mod audit;
+pub(crate) mod board;
 pub(crate) mod log;
 pub(crate) mod metrics;
 pub(crate) mod model_store;

@@ -7,6 +7,7 @@
 use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
+use tokio::sync::watch;
 
 /// How long something may wait while nothing is finished. Longer than a worker's deadline with its retry.
 pub(crate) const STALL: Duration = Duration::from_secs(180);
@@ -39,6 +40,26 @@ pub(crate) fn interval() -> Option<Duration> {
     let mut micros = 0;
     let is_enabled = sd_notify::watchdog_enabled(false, &mut micros);
     (is_enabled && micros > 0).then(|| Duration::from_micros(micros / 3))
+}
+
+/// Feeds the watchdog while work is done, until the node stops. `work` says what waits and what is finished.
+pub(crate) async fn feed(mut stopping: watch::Receiver<bool>, work: impl Fn() -> (u64, u64)) {
+    let Some(interval) = interval() else {
+        return;
+    };
+    let mut progress = Progress::new(Instant::now());
+    loop {
+        let (n_waiting, n_finished) = work();
+        if progress.is_made(n_waiting, n_finished, Instant::now()) {
+            alive();
+        } else {
+            tracing::error!(n_waiting, "no progress; the watchdog is not fed");
+        }
+        tokio::select! {
+            () = tokio::time::sleep(interval) => {}
+            _ = stopping.wait_for(|is_stopping| *is_stopping) => return,
+        }
+    }
 }
 
 fn tell(states: &[NotifyState<'_>]) {

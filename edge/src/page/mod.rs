@@ -10,11 +10,13 @@ pub(crate) mod access;
 pub(crate) mod example;
 pub(crate) mod layout;
 pub(crate) mod live;
+pub(crate) mod node;
 pub(crate) mod person;
 pub(crate) mod picture;
 pub(crate) mod routes;
 #[cfg(test)]
 mod served;
+pub(crate) mod server;
 pub(crate) mod strip;
 pub(crate) mod study_view;
 pub(crate) mod system_view;

@@ -1,0 +1,197 @@
+//! The page's sources, from the parts of a running node.
+
+use std::sync::Arc;
+
+use super::{NotShown, Settings, Sources};
+use crate::config::Config;
+use crate::intake::unix_ms;
+use crate::operate::board;
+use crate::operate::metrics::Counts;
+use crate::operate::status::{Peer, Status};
+use crate::serve::NodeState;
+
+/// What the page shows of `node`.
+pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
+    let of = |node: &Arc<NodeState>| Arc::clone(node);
+    let (for_status, for_counts) = (of(node), of(node));
+    Sources {
+        studies: Box::new(Vec::new),
+        study: Box::new(|_| None),
+        slice: Box::new(|_, _| Err(NotShown::Purged)),
+        status: Box::new(move || status(&for_status)),
+        counts: Box::new(move || counts(&for_counts)),
+        metrics: node.metrics.clone(),
+        changed: node.page_changed.clone(),
+    }
+}
+
+/// How the page is shown, by the configuration.
+///
+/// # Errors
+/// The token's file cannot be read.
+pub(crate) fn settings(config: &Config) -> std::io::Result<Settings> {
+    let token = config.page.token_file.as_ref();
+    let token = token.map(std::fs::read_to_string).transpose()?;
+    Ok(Settings {
+        is_anonymous: config.page.hide_patient_names,
+        token: token.map(|token| token.trim().to_owned()),
+    })
+}
+
+fn counts(node: &NodeState) -> Counts {
+    let intake = &node.intake.counters;
+    let spool = node.spool.counts();
+    Counts {
+        connections: intake.connections.get(),
+        associations: intake.associations.get(),
+        rejected_peer: intake.rejected_peer.get(),
+        rejected_limit: intake.rejected_limit.get(),
+        timed_out: intake.timed_out.get(),
+        aborted: intake.aborted.get(),
+        echoes: intake.echoes.get(),
+        objects: intake.stored.get(),
+        refused_room: intake.refused_room.get(),
+        refused_object: intake.refused_object.get(),
+        files_taken: intake.files_taken.get(),
+        files_quarantined: intake.files_quarantined.get(),
+        sync_calls: spool.sync_calls,
+        written_bytes: spool.written_bytes,
+        ..Counts::default()
+    }
+}
+
+fn status(node: &NodeState) -> Status {
+    let config = Arc::clone(&node.config.borrow());
+    let disk = board::disk_bytes(&config.state_dir).unwrap_or_default();
+    let counts = counts(node);
+    let room = node.spool.room();
+    let mut status = Status {
+        version: env!("CARGO_PKG_VERSION").into(),
+        ae_title: config.ae_title.clone(),
+        dicom_port: config.dicom_port,
+        received: counts.objects,
+        analysed: counts.analysed,
+        not_analysed: counts.not_analysed,
+        disk_free_bytes: disk.0,
+        disk_total_bytes: disk.1,
+        spool_bytes: node.spool.counts().used_bytes,
+        is_accepting: room.is_ok(),
+        associations_open: node.intake.slots.open() as u64,
+        workers_replaced: counts.workers_replaced,
+        peers: peers(&config),
+        temperature_celsius: board::temperature_celsius(),
+        is_clock_trusted: board::is_clock_plausible(unix_ms()),
+        uptime_s: node.started.elapsed().as_secs(),
+        ..Status::default()
+    };
+    if let Err(error) = room {
+        status
+            .problems
+            .push(format!("Objects are refused: {error}."));
+    }
+    judge(&mut status);
+    status
+}
+
+/// The state, and the problems that follow from the figures.
+fn judge(status: &mut Status) {
+    if !status.is_clock_trusted {
+        status
+            .problems
+            .push("The clock is not set: nothing is deleted by age.".into());
+    }
+    if !matches!(status.self_test.as_str(), "" | "passed" | "absent") {
+        let text = format!(
+            "The model failed its self-test; slices are stored and not analysed. {}",
+            status.self_test
+        );
+        status.problems.push(text);
+    }
+    if status.dead_letters > 0 {
+        let text = format!(
+            "{} results could not be delivered and were given up.",
+            status.dead_letters
+        );
+        status.problems.push(text);
+    }
+    status.state = match (status.is_accepting, status.problems.is_empty()) {
+        (false, _) => "refusing",
+        (true, false) => "degraded",
+        (true, true) => "ready",
+    }
+    .into();
+}
+
+fn peers(config: &Config) -> Vec<Peer> {
+    let senders = config.peers.iter().map(|(name, peer)| Peer {
+        ae_title: name.clone(),
+        address: peer
+            .addresses
+            .iter()
+            .map(|network| format!("{network}"))
+            .collect::<Vec<_>>()
+            .join(", "),
+        role: "sends".into(),
+        ..Peer::default()
+    });
+    let receivers = config.pacs.iter().map(|pacs| Peer {
+        ae_title: pacs.ae_title.clone(),
+        address: format!("{}:{}", pacs.host, pacs.port),
+        role: "receives".into(),
+        ..Peer::default()
+    });
+    senders.chain(receivers).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn well() -> Status {
+        Status {
+            is_accepting: true,
+            is_clock_trusted: true,
+            self_test: "passed".into(),
+            ..Status::default()
+        }
+    }
+
+    #[track_caller]
+    fn check(mut status: Status, state: &str, n_problems: usize) {
+        judge(&mut status);
+        assert_eq!(
+            (status.state.as_str(), status.problems.len()),
+            (state, n_problems)
+        );
+    }
+
+    #[test]
+    fn the_state_follows_from_the_figures() {
+        check(well(), "ready", 0);
+        check(
+            Status {
+                self_test: "other bits".into(),
+                ..well()
+            },
+            "degraded",
+            1,
+        );
+        check(
+            Status {
+                dead_letters: 2,
+                is_clock_trusted: false,
+                ..well()
+            },
+            "degraded",
+            2,
+        );
+        check(
+            Status {
+                is_accepting: false,
+                ..well()
+            },
+            "refusing",
+            0,
+        );
+    }
+}
