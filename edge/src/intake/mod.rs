@@ -8,7 +8,7 @@ pub(crate) mod admit;
 mod association;
 mod dimse;
 mod listener;
-mod part10;
+pub(crate) mod part10;
 pub(crate) mod spool;
 mod store;
 mod wire;

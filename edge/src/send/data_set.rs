@@ -9,14 +9,12 @@ use std::collections::BTreeMap;
 use dicom_core::{Tag, VR};
 use dicom_dictionary_std::{tags, uids};
 
+use crate::intake::part10::{IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME};
+
 /// Deepest sequence that [`DataSet::decode`] follows; a report has eight levels.
 const MAX_DEPTH: u32 = 16;
 /// Item (FFFE,E000), which the dictionary leaves out.
 const ITEM: Tag = Tag(0xFFFE, 0xE000);
-/// Implementation Class UID of this program: 2.25 and a random UUID.
-pub(crate) const IMPLEMENTATION_CLASS_UID: &str = "2.25.253057915976148699143368446769196616956";
-/// Implementation Version Name.
-pub(crate) const IMPLEMENTATION_VERSION: &str = concat!("PE-EDGE ", env!("CARGO_PKG_VERSION"));
 
 /// How a data set is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,7 +189,7 @@ pub(crate) fn file(sop_class_uid: &str, sop_instance_uid: &str, body: &[u8]) -> 
         .text(
             tags::IMPLEMENTATION_VERSION_NAME,
             VR::SH,
-            IMPLEMENTATION_VERSION,
+            IMPLEMENTATION_VERSION_NAME,
         );
     let meta = meta.encode(Syntax::Explicit);
     let mut length = DataSet::default();

@@ -25,6 +25,10 @@ pub(crate) fn document_uid(result: &StudyResult, sop_class_uid: &str) -> Uid {
         });
     conclusion(&mut hash, result);
     evidence(&mut hash, &result.slices);
+    hash.number(result.remarks.len() as u64);
+    for remark in &result.remarks {
+        hash.text(remark);
+    }
     let mut elements: Vec<_> = result.patient.elements.iter().collect();
     elements.sort_by_key(|element| element.tag);
     for element in elements {
@@ -140,7 +144,7 @@ mod tests {
     fn whatever_a_reader_would_see_differently_changes_the_uid() {
         let result = sample::positive();
         let uid = document_uid(&result, CLASS);
-        let changes: [fn(&mut StudyResult); 9] = [
+        let changes: [fn(&mut StudyResult); 10] = [
             |result| result.slices[1].logit = Some(-4.0),
             |result| result.slices[1].frame = Some(2),
             |result| drop(result.slices.pop()),
@@ -149,6 +153,7 @@ mod tests {
             |result| result.model.digest.push('0'),
             |result| result.outcome = Outcome::NotDetected,
             |result| result.patient.elements[0].value.push(b'x'),
+            |result| result.remarks.push(String::new()),
             |result| result.slices[0].reason = Some("other".to_owned()),
         ];
         for (index, change) in changes.iter().enumerate() {

@@ -31,7 +31,7 @@ pub(crate) enum Class {
 
 impl Class {
     /// SOP Class UID.
-    pub(crate) fn uid(self) -> &'static str {
+    pub(crate) const fn uid(self) -> &'static str {
         match self {
             Self::Comprehensive3D => uids::COMPREHENSIVE3_DSR_STORAGE,
             Self::Comprehensive => uids::COMPREHENSIVE_SR_STORAGE,
@@ -304,6 +304,10 @@ pub(crate) fn words(result: &StudyResult) -> String {
     if result.n_not_analysed() > 0 {
         let left = result.n_not_analysed();
         words.push_str(&format!(" {left} slices could not be analysed."));
+    }
+    for remark in &result.remarks {
+        words.push(' ');
+        words.push_str(remark);
     }
     if result.is_lossy {
         words.push_str(" Some slices came lossily compressed.");

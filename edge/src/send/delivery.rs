@@ -1,0 +1,372 @@
+//! Takes letters from the outbox to their receivers, one task for each receiver.
+//!
+//! A letter is made and frozen before its first attempt, tried again with back-off while the receiver is down or says "later", and
+//! given up with its reason where the receiver will never take it. What was accepted is recorded before the next letter of the same study.
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::association::{Association, AssociationError};
+use super::back_off::{BackOff, Patience};
+use super::equipment::Device;
+use super::letter::{self, Capture};
+use super::outbox::{Channel, Letter, Outbox, OutboxError};
+use super::pacs::{Answer, Pacs, judge};
+
+/// How often a receiver's task looks into the outbox unasked.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// How one attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The receiver has it.
+    Delivered,
+    /// To be tried again.
+    Retried,
+    /// Given up: a dead letter.
+    Dead,
+}
+
+/// What a receiver said to a letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It has it.
+    Accepted(Option<String>),
+    /// It may take it later; the receiver answers.
+    Later(String),
+    /// It will never take it.
+    Refused(String),
+    /// It does not answer.
+    Down(String),
+}
+
+/// All receivers, as configured.
+#[derive(Clone, Debug)]
+pub(crate) struct Ways {
+    /// The PACS.
+    pub(crate) pacs: Option<Pacs>,
+    /// This node.
+    pub(crate) device: Device,
+    /// Back-off and deadlines.
+    pub(crate) patience: Patience,
+}
+
+/// Told of every attempt: for metrics and audit.
+pub(crate) type Observe = dyn Fn(&Letter, End) + Send + Sync;
+
+/// The sender.
+pub(crate) struct Delivery {
+    /// Where letters lie.
+    pub(crate) outbox: Arc<Outbox>,
+    ways: RwLock<Arc<Ways>>,
+    /// Draws secondary captures.
+    capture: Box<Capture>,
+    observe: Box<Observe>,
+}
+
+impl std::fmt::Debug for Delivery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Delivery").finish_non_exhaustive()
+    }
+}
+
+/// A receiver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Receiver {
+    Pacs,
+}
+
+impl Receiver {
+    const ALL: [Self; 1] = [Self::Pacs];
+
+    fn channels(self) -> &'static [Channel] {
+        match self {
+            Self::Pacs => &[Channel::StructuredReport, Channel::SecondaryCapture],
+        }
+    }
+}
+
+impl Delivery {
+    /// A sender over an outbox.
+    pub(crate) fn new(
+        outbox: Arc<Outbox>,
+        ways: Ways,
+        capture: Box<Capture>,
+        observe: Box<Observe>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            outbox,
+            ways: RwLock::new(Arc::new(ways)),
+            capture,
+            observe,
+        })
+    }
+
+    /// Uses another configuration from the next pass on.
+    pub(crate) fn configure(&self, ways: Ways) {
+        *self.ways.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ways);
+        self.outbox.bell.notify_waiters();
+    }
+
+    /// Sends until `shutdown` becomes true; an exchange that is under way then is ended.
+    pub(crate) async fn run(self: Arc<Self>, shutdown: watch::Receiver<bool>) {
+        let mut tasks = JoinSet::new();
+        for receiver in Receiver::ALL {
+            let mut shutdown = shutdown.clone();
+            let delivery = Arc::clone(&self);
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = delivery.serve(receiver) => {}
+                    _ = shutdown.wait_for(|is_down| *is_down) => {}
+                }
+            });
+        }
+        while tasks.join_next().await.is_some() {}
+    }
+
+    async fn serve(&self, receiver: Receiver) {
+        let mut back_off = BackOff::default();
+        loop {
+            let mut bell = std::pin::pin!(self.outbox.bell.notified());
+            bell.as_mut().enable();
+            let pause = match self.pass(receiver, &mut back_off).await {
+                Ok(pause) => pause.min(IDLE),
+                Err(error) => {
+                    tracing::error!(%error, ?receiver, "the outbox cannot be read");
+                    IDLE
+                }
+            };
+            tokio::select! {
+                () = &mut bell => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Tries every letter that is due; how long until the next.
+    async fn pass(
+        &self,
+        receiver: Receiver,
+        back_off: &mut BackOff,
+    ) -> Result<Duration, OutboxError> {
+        let ways = Arc::clone(&self.ways.read().unwrap_or_else(PoisonError::into_inner));
+        let letters = self
+            .on_disk(move |outbox| outbox.waiting(receiver.channels()))
+            .await?;
+        back_off.keep(|sequence| letters.iter().any(|(waiting, _)| *waiting == sequence));
+        let now = Instant::now();
+        let is_due = |sequence: u64, back_off: &BackOff| back_off.pause(sequence, now).is_zero();
+        let (due, later): (Vec<_>, Vec<_>) = letters
+            .into_iter()
+            .partition(|(sequence, _)| is_due(*sequence, back_off));
+        let soonest = later
+            .iter()
+            .map(|(sequence, _)| back_off.pause(*sequence, now));
+        let soonest = soonest.min().unwrap_or(IDLE);
+        if due.is_empty() {
+            return Ok(soonest);
+        }
+        match (receiver, &ways.pacs) {
+            (Receiver::Pacs, Some(pacs)) => self.to_pacs(&ways, pacs, due, back_off).await?,
+            _ => return Ok(IDLE),
+        }
+        // A letter that was held back by one that is through now, or one that failed just now.
+        Ok(Duration::from_millis(1))
+    }
+
+    async fn to_pacs(
+        &self,
+        ways: &Ways,
+        pacs: &Pacs,
+        due: Vec<(u64, Letter)>,
+        back_off: &mut BackOff,
+    ) -> Result<(), OutboxError> {
+        let mut association = match pacs.open(ways.patience.deadline).await {
+            Ok(association) => association,
+            Err(AssociationError::NoContext) => {
+                for (sequence, letter) in due {
+                    let refused = Verdict::Refused("no presentation context accepted".to_owned());
+                    self.settle(sequence, letter, refused, ways, back_off)
+                        .await?;
+                }
+                return Ok(());
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the PACS cannot be reached");
+                back_off.receiver_failed(&ways.patience);
+                for (_, letter) in &due {
+                    (self.observe)(letter, End::Retried);
+                }
+                return Ok(());
+            }
+        };
+        for (sequence, letter) in due {
+            let (letter, verdict) = self.store(&mut association, ways, sequence, letter).await?;
+            let is_down = matches!(verdict, Verdict::Down(_));
+            self.settle(sequence, letter, verdict, ways, back_off)
+                .await?;
+            if is_down {
+                association.abort().await;
+                return Ok(());
+            }
+        }
+        back_off.receiver_answered();
+        association.release(ways.patience.deadline).await;
+        Ok(())
+    }
+
+    /// One letter by C-STORE, in the class it was frozen in, or in the next that the PACS takes.
+    async fn store(
+        &self,
+        association: &mut Association,
+        ways: &Ways,
+        sequence: u64,
+        mut letter: Letter,
+    ) -> Result<(Letter, Verdict), OutboxError> {
+        let classes = Pacs::classes(letter.channel);
+        let frozen_as = letter.document.as_ref().and_then(|document| {
+            let is_same = |class: &&&str| **class == document.sop_class_uid;
+            classes.iter().position(|class| is_same(&class))
+        });
+        let mut why = "presentation context rejected".to_owned();
+        for class in classes.iter().skip(frozen_as.unwrap_or(0)) {
+            if !association.takes(class) {
+                continue;
+            }
+            let bytes = match self.frozen(ways, sequence, &mut letter, class).await? {
+                Ok(bytes) => bytes,
+                Err(reason) => return Ok((letter, Verdict::Refused(reason))),
+            };
+            let uid = letter
+                .document
+                .as_ref()
+                .map(|document| document.sop_instance_uid.clone());
+            let uid = uid.as_ref().map_or("", |uid| uid.as_str());
+            let status = association
+                .store(class, uid, &bytes, ways.patience.deadline)
+                .await;
+            let status = match status {
+                Ok(status) => status,
+                Err(error) => return Ok((letter, Verdict::Down(error.to_string()))),
+            };
+            why = format!("C-STORE status {status:04X}H");
+            match judge(status) {
+                Answer::Accepted(remark) => {
+                    let remark = remark.map(|remark| format!("{why}, {remark}"));
+                    return Ok((letter, Verdict::Accepted(remark)));
+                }
+                Answer::Later => return Ok((letter, Verdict::Later(why))),
+                Answer::Refused => {}
+            }
+        }
+        Ok((letter, Verdict::Refused(why)))
+    }
+
+    /// The bytes of a letter in a class, made and kept where they are not there yet; or why they cannot be made.
+    async fn frozen(
+        &self,
+        ways: &Ways,
+        sequence: u64,
+        letter: &mut Letter,
+        class: &str,
+    ) -> Result<Result<Vec<u8>, String>, OutboxError> {
+        let is_same = letter
+            .document
+            .as_ref()
+            .is_none_or(|document| document.sop_class_uid == class);
+        if letter.is_frozen && is_same {
+            let kept = self.on_disk(move |outbox| outbox.frozen(sequence)).await?;
+            return Ok(kept.ok_or_else(|| "its bytes are gone".to_owned()));
+        }
+        let asked = letter.clone();
+        let (result, predecessor) = self
+            .on_disk(move |outbox| Ok((outbox.result(sequence)?, outbox.predecessor(&asked)?)))
+            .await?;
+        let made = letter::make(
+            letter.channel,
+            class,
+            &result,
+            ways,
+            predecessor.as_ref(),
+            &*self.capture,
+        );
+        let made = match made {
+            Ok(made) => made,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        letter.document = made.document;
+        letter.is_frozen = true;
+        let (kept, bytes) = (letter.clone(), made.bytes);
+        let bytes = self
+            .on_disk(move |outbox| outbox.freeze(sequence, &kept, &bytes).map(|()| bytes))
+            .await?;
+        Ok(Ok(bytes))
+    }
+
+    /// Records what a receiver said.
+    async fn settle(
+        &self,
+        sequence: u64,
+        letter: Letter,
+        verdict: Verdict,
+        ways: &Ways,
+        back_off: &mut BackOff,
+    ) -> Result<(), OutboxError> {
+        let channel = letter.channel.name();
+        let end = match &verdict {
+            Verdict::Accepted(_) => End::Delivered,
+            Verdict::Refused(_) => End::Dead,
+            Verdict::Later(_) | Verdict::Down(_) => End::Retried,
+        };
+        (self.observe)(&letter, end);
+        match verdict {
+            Verdict::Accepted(remark) => {
+                tracing::info!(channel, sequence, "result delivered");
+                self.on_disk(move |outbox| outbox.accepted(sequence, letter, remark, now_ms()))
+                    .await
+            }
+            Verdict::Refused(reason) => {
+                tracing::error!(channel, sequence, reason, "result given up");
+                self.on_disk(move |outbox| outbox.bury(sequence, letter, reason, now_ms()))
+                    .await
+            }
+            Verdict::Later(reason) => {
+                tracing::warn!(channel, sequence, reason, "result will be sent again");
+                back_off.letter_failed(sequence, &ways.patience);
+                Ok(())
+            }
+            Verdict::Down(reason) => {
+                tracing::warn!(channel, sequence, reason, "receiver does not answer");
+                back_off.receiver_failed(&ways.patience);
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs where blocking is allowed: a commit waits for the medium.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Outbox) -> Result<T, OutboxError> + Send + 'static,
+    ) -> Result<T, OutboxError> {
+        let outbox = Arc::clone(&self.outbox);
+        match tokio::task::spawn_blocking(move || work(&outbox)).await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(OutboxError::Stopped),
+            },
+        }
+    }
+}
+
+/// Unix time in ms; what is kept beside a letter, never what decides when it is sent.
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+    })
+}

@@ -1,0 +1,59 @@
+//! The bytes of a letter: what a channel sends for a result.
+
+use super::data_set::Syntax;
+use super::delivery::Ways;
+use super::identity;
+use super::outbox::{Channel, Document};
+use super::structured_report::{self, Class, Predecessor};
+use crate::result::StudyResult;
+
+/// Draws the secondary capture of a result as a data set in Explicit VR Little Endian, or says why it cannot.
+pub(crate) type Capture = dyn Fn(&StudyResult) -> Result<Vec<u8>, String> + Send + Sync;
+
+/// What was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Made {
+    /// What it is, for DICOM objects.
+    pub(crate) document: Option<Document>,
+    /// The bytes.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Makes a letter, for DICOM objects in the class `sop_class_uid`.
+///
+/// # Errors
+/// Why it cannot be made.
+pub(crate) fn make(
+    channel: Channel,
+    sop_class_uid: &str,
+    result: &StudyResult,
+    ways: &Ways,
+    predecessor: Option<&Predecessor>,
+    capture: &Capture,
+) -> Result<Made, String> {
+    let document = |modality: &str| Document {
+        sop_class_uid: sop_class_uid.to_owned(),
+        series_uid: identity::series_uid(result, modality),
+        sop_instance_uid: identity::document_uid(result, sop_class_uid),
+    };
+    match channel {
+        Channel::StructuredReport => {
+            let class = if sop_class_uid == Class::Comprehensive.uid() {
+                Class::Comprehensive
+            } else {
+                Class::Comprehensive3D
+            };
+            let set = structured_report::report(result, class, &ways.device, predecessor);
+            let set = set.ok_or("nothing is said of this study")?;
+            Ok(Made {
+                document: Some(document("SR")),
+                bytes: set.encode(Syntax::Explicit),
+            })
+        }
+        Channel::SecondaryCapture => Ok(Made {
+            document: Some(document("OT")),
+            bytes: capture(result)?,
+        }),
+        Channel::Webhook | Channel::Hl7 | Channel::Stow => Err("not configured".to_owned()),
+    }
+}

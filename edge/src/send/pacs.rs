@@ -1,0 +1,129 @@
+//! The PACS: how it is reached, and what its answers mean (PS3.4 section B.2.3, PS3.7 annex C).
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::ClientConfig;
+
+use super::association::{Association, AssociationError, Proposal, Stream};
+use super::outbox::Channel;
+use super::secondary_capture;
+use super::structured_report::Class;
+
+/// How long a connection may take, TLS included.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A PACS.
+#[derive(Clone, Debug)]
+pub(crate) struct Pacs {
+    /// Our AE title.
+    pub(crate) calling: String,
+    /// Its AE title.
+    pub(crate) called: String,
+    /// Host name or address.
+    pub(crate) host: String,
+    /// Port.
+    pub(crate) port: u16,
+    /// TLS, where it is spoken.
+    pub(crate) tls: Option<Arc<ClientConfig>>,
+    /// Whether captures are sent.
+    pub(crate) has_captures: bool,
+}
+
+/// What a status means for a letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It has the object; the remark is for the record.
+    Accepted(Option<&'static str>),
+    /// It may have it later.
+    Later,
+    /// It will never have this object.
+    Refused,
+}
+
+/// The meaning of a C-STORE status.
+pub(crate) fn judge(status: u16) -> Answer {
+    match status {
+        0x0000 => Answer::Accepted(None),
+        0x0111 => Answer::Accepted(Some("the PACS had it already")),
+        0x0001 | 0x0107 | 0x0116 | 0xB000..=0xBFFF => Answer::Accepted(Some("with a warning")),
+        // Out of resources; processing failure, which servers give for a full disk or a database that is down.
+        0xA700..=0xA7FF | 0x0110 => Answer::Later,
+        _ => Answer::Refused,
+    }
+}
+
+impl Pacs {
+    /// SOP classes to send a letter of a channel in, the first choice first.
+    pub(crate) fn classes(channel: Channel) -> &'static [&'static str] {
+        const REPORTS: [&str; 2] = [Class::Comprehensive3D.uid(), Class::Comprehensive.uid()];
+        match channel {
+            Channel::SecondaryCapture => &[secondary_capture::SOP_CLASS_UID],
+            _ => &REPORTS,
+        }
+    }
+
+    /// Connects and asks for an association.
+    ///
+    /// # Errors
+    /// [`AssociationError`] says why there is none.
+    pub(crate) async fn open(&self, deadline: Duration) -> Result<Association, AssociationError> {
+        let connect = timeout(CONNECT_DEADLINE, self.connect()).await;
+        let stream = connect.map_err(|_| AssociationError::Deadline(CONNECT_DEADLINE))?;
+        let stream = stream.map_err(AssociationError::Connection)?;
+        let mut classes = Self::classes(Channel::StructuredReport).to_vec();
+        if self.has_captures {
+            classes.extend(Self::classes(Channel::SecondaryCapture));
+        }
+        let proposal = Proposal {
+            calling: &self.calling,
+            called: &self.called,
+            sop_classes: &classes,
+            also_scp: &[],
+        };
+        Association::request(stream, &proposal, deadline).await
+    }
+
+    async fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        stream.set_nodelay(true)?;
+        let Some(config) = &self.tls else {
+            return Ok(Box::new(stream));
+        };
+        let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
+        let connector = TlsConnector::from(Arc::clone(config));
+        Ok(Box::new(connector.connect(name, stream).await?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_status_means_what_the_rules_say() {
+        let warned = Answer::Accepted(Some("with a warning"));
+        for (status, answer) in [
+            (0x0000, Answer::Accepted(None)),
+            (0xB000, warned),
+            (0xB006, warned),
+            (0xB007, warned),
+            (0x0111, Answer::Accepted(Some("the PACS had it already"))),
+            (0xA700, Answer::Later),
+            (0xA702, Answer::Later),
+            (0xA900, Answer::Refused),
+            (0xC000, Answer::Refused),
+            (0xCFFF, Answer::Refused),
+            (0x0122, Answer::Refused),
+            (0x0124, Answer::Refused),
+            (0x0211, Answer::Refused),
+        ] {
+            assert_eq!(judge(status), answer, "{status:04X}");
+        }
+    }
+}
