@@ -27,7 +27,7 @@ use crate::model::{ReadyModel, micros};
 use crate::report::{self, Answer, ModelWords, SliceResult};
 use crate::series::{Limits, SliceRecord, assemble};
 use crate::study::judge;
-use crate::supervisor::{Event, Stop, Supervisor, Tensor, WorkerCommand};
+use crate::supervisor::{Event, Source, Stop, Supervisor, Tensor, WorkerCommand};
 use crate::tensor_file;
 use crate::walk::{self, walk};
 use crate::wire::{ObjectFacts, Reason};
@@ -109,8 +109,13 @@ fn intake(
             send,
         };
         let done = match found.and_then(|()| open(path)) {
-            Ok((mut source, size)) => {
-                supervisor.analyse(&mut source, size, &mut |event| intake.take(event))
+            Ok((file, bytes)) => {
+                let source = Source {
+                    file: &file,
+                    offset: 0,
+                    bytes,
+                };
+                supervisor.analyse(source, 0, &mut |event| intake.take(event))
             }
             Err(reason) => intake.deliver(None, Err(reason)),
         };

@@ -3,7 +3,7 @@
 //! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process, where
 //! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
 //! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
-//! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]). [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
+//! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]) and decides ([`decide`]). [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -11,6 +11,8 @@ mod classify;
 mod cli;
 #[allow(dead_code, reason = "what decides, sends and shows comes next")]
 mod config;
+#[allow(dead_code, reason = "what sends and shows comes next")]
+mod decide;
 mod exit;
 mod heatmap;
 #[allow(dead_code, reason = "what decides, sends and shows comes next")]

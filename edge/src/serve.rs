@@ -16,6 +16,9 @@ use tokio::sync::{broadcast, watch};
 
 use crate::cli::{ConfigCommand, ServeArgs};
 use crate::config::{self, Config, ConfigError};
+use crate::decide::counters::Counters;
+use crate::decide::store::Store;
+use crate::decide::{self, Changed, ModelState};
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::spool::{Spool, SpoolError, SpoolLimits};
 use crate::intake::{Intake, Listener};
@@ -27,6 +30,9 @@ const RUNTIME_THREADS: usize = 2;
 /// Changes that a listening browser may lag behind; more are told as one.
 const PAGE_CHANGES: usize = 16;
 
+/// Changes that a slow watcher may be behind before it misses some.
+const CHANGES: usize = 256;
+
 /// What the parts of the node share.
 #[derive(Debug)]
 pub(crate) struct NodeState {
@@ -36,6 +42,14 @@ pub(crate) struct NodeState {
     pub(crate) config: watch::Receiver<Arc<Config>>,
     /// The DICOM side and its counters.
     pub(crate) intake: Arc<Intake>,
+    /// What was decided.
+    pub(crate) store: Arc<Store>,
+    /// What deciding has counted.
+    pub(crate) counters: Arc<Counters>,
+    /// The model and its self-test.
+    pub(crate) model: watch::Sender<ModelState>,
+    /// Told of every change of a study.
+    pub(crate) changed: broadcast::Sender<Changed>,
     /// True as soon as the node stops.
     pub(crate) stopping: watch::Receiver<bool>,
     /// When the node started.
@@ -95,6 +109,7 @@ fn load(path: Option<&Path>) -> Result<Config, Failure> {
 async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let mut signals = Signals::new().map_err(failure(Exit::Unavailable))?;
     let spool = open_spool(&config)?;
+    let store = decide::node::open_store(&config)?;
     let address = SocketAddr::new(config.dicom_bind, config.dicom_port);
     let listener = Listener::bind(address)
         .with_context(|| format!("DICOM port {address}"))
@@ -108,6 +123,10 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         spool,
         config,
         intake,
+        store,
+        counters: Arc::default(),
+        model: watch::Sender::default(),
+        changed: broadcast::Sender::new(CHANGES),
         stopping,
         started: Instant::now(),
         metrics: Metrics::default(),
@@ -126,6 +145,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     ));
     operate::systemd::ready(&format!("listening on {dicom_address}"));
     tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
+    let deciding = decide::node::start(&node).await?;
     loop {
         match signals.next().await {
             Asked::Reload => {
@@ -140,6 +160,9 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     tracing::info!("stopping");
     stop.send_replace(true);
     listening
+        .await
+        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
+    tokio::task::spawn_blocking(move || deciding.stop())
         .await
         .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
     let counts = node.spool.counts();
@@ -163,7 +186,12 @@ async fn page_listener(config: &Config) -> Result<(TcpListener, page::Settings),
 /// What waits and what is finished, for the watchdog.
 fn work_of(node: &Arc<NodeState>) -> impl Fn() -> (u64, u64) + Send + 'static {
     let node = Arc::clone(node);
-    move || (0, node.intake.counters.stored.get())
+    move || {
+        let counts = node.counters.counts();
+        let waiting = node.spool.latest().borrow().saturating_sub(counts.cursor);
+        let finished = counts.n_analysed + counts.n_not_analysed + counts.cursor;
+        (waiting, finished)
+    }
 }
 
 fn open_spool(config: &Config) -> Result<Arc<Spool>, Failure> {

@@ -7,7 +7,8 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -34,6 +35,17 @@ pub(crate) struct WorkerCommand {
     pub(crate) arguments: Vec<OsString>,
     /// Longest silence while a chunk, an object's facts or a frame is waited for.
     pub(crate) deadline: Duration,
+}
+
+/// Where an object lies: a whole file, or a part of one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source<'a> {
+    /// The file.
+    pub(crate) file: &'a File,
+    /// Where in it the object begins.
+    pub(crate) offset: u64,
+    /// Bytes of the object.
+    pub(crate) bytes: u64,
 }
 
 /// What comes out of an object.
@@ -107,25 +119,27 @@ impl Supervisor {
     }
 
     /// Workers that had to be replaced.
-    #[cfg(test)]
     pub(crate) fn n_replaced(&self) -> u64 {
         self.n_replaced
     }
 
-    /// Has one object of `size` bytes analysed.
+    /// Has one object analysed, from the frame `first_frame` (from 0) on.
     ///
     /// # Errors
     /// [`Stop`] where `deliver` said so.
     pub(crate) fn analyse(
         &mut self,
-        source: &mut File,
-        size: u64,
+        source: Source<'_>,
+        first_frame: u32,
         deliver: &mut Deliver<'_>,
     ) -> Result<(), Stop> {
-        let mut progress = Progress::default();
+        let mut progress = Progress {
+            next_frame: first_frame,
+            ..Progress::default()
+        };
         let mut fault = String::new();
         for _ in 0..MAX_ATTEMPTS {
-            match self.attempt(source, size, &mut progress, deliver) {
+            match self.attempt(source, &mut progress, deliver) {
                 Ok(()) => return Ok(()),
                 Err(Failure::Stopped) => {
                     self.worker = None;
@@ -151,12 +165,10 @@ impl Supervisor {
 
     fn attempt(
         &mut self,
-        source: &mut File,
-        size: u64,
+        source: Source<'_>,
         progress: &mut Progress,
         deliver: &mut Deliver<'_>,
     ) -> Result<(), Failure> {
-        source.rewind().map_err(Failure::Source)?;
         let worker = match &mut self.worker {
             Some(worker) => worker,
             empty => {
@@ -165,7 +177,7 @@ impl Supervisor {
                 worker
             }
         };
-        worker.send_object(source, size, progress.next_frame)?;
+        worker.send_object(source, progress.next_frame)?;
         loop {
             let (kind, payload) = worker.receive()?;
             match kind {
@@ -296,19 +308,20 @@ impl Worker {
         }
     }
 
-    fn send_object(
-        &mut self,
-        source: &mut File,
-        size: u64,
-        first_frame: u32,
-    ) -> Result<(), Failure> {
-        self.send(Kind::Begin, &size.to_le_bytes())?;
-        let mut source = source.take(size);
+    fn send_object(&mut self, source: Source<'_>, first_frame: u32) -> Result<(), Failure> {
+        self.send(Kind::Begin, &source.bytes.to_le_bytes())?;
         let mut chunk = vec![0; CHUNK_BYTES];
-        loop {
-            match source.read(&mut chunk) {
+        let mut sent = 0;
+        while sent < source.bytes {
+            let left = usize::try_from(source.bytes - sent).unwrap_or(usize::MAX);
+            let chunk = &mut chunk[..left.min(CHUNK_BYTES)];
+            match source.file.read_at(chunk, source.offset + sent) {
+                // A file that has become shorter: the worker says what is missing.
                 Ok(0) => break,
-                Ok(n_bytes) => self.send(Kind::Chunk, &chunk[..n_bytes])?,
+                Ok(n_bytes) => {
+                    self.send(Kind::Chunk, &chunk[..n_bytes])?;
+                    sent += n_bytes as u64;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(Failure::Source(error)),
             }
@@ -392,9 +405,12 @@ mod tests {
             });
             Ok(())
         };
-        supervisor
-            .analyse(&mut source, 300_000, &mut deliver)
-            .unwrap();
+        let source = Source {
+            file: &source,
+            offset: 0,
+            bytes: 300_000,
+        };
+        supervisor.analyse(source, 0, &mut deliver).unwrap();
         (seen, supervisor.n_replaced())
     }
 
@@ -465,8 +481,12 @@ mod tests {
             seen.push(event);
             Ok(())
         };
-        let mut source = tempfile::tempfile().unwrap();
-        supervisor.analyse(&mut source, 0, &mut deliver).unwrap();
+        let source = Source {
+            file: &tempfile::tempfile().unwrap(),
+            offset: 0,
+            bytes: 0,
+        };
+        supervisor.analyse(source, 0, &mut deliver).unwrap();
         assert!(
             matches!(&seen[..], [Event::ObjectRefused(refused)] if refused.reason.text.contains("cannot be started"))
         );

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{NotShown, Settings, Sources};
 use crate::config::Config;
+use crate::decide::store::StoreError;
 use crate::intake::unix_ms;
 use crate::operate::board;
 use crate::operate::metrics::Counts;
@@ -14,9 +15,10 @@ use crate::serve::NodeState;
 pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
     let of = |node: &Arc<NodeState>| Arc::clone(node);
     let (for_status, for_counts) = (of(node), of(node));
+    let (for_studies, for_study) = (of(node), of(node));
     Sources {
-        studies: Box::new(Vec::new),
-        study: Box::new(|_| None),
+        studies: Box::new(move || read(for_studies.store.studies())),
+        study: Box::new(move |uid| read(for_study.store.study(uid))),
         slice: Box::new(|_, _| Err(NotShown::Purged)),
         status: Box::new(move || status(&for_status)),
         counts: Box::new(move || counts(&for_counts)),
@@ -38,7 +40,17 @@ pub(crate) fn settings(config: &Config) -> std::io::Result<Settings> {
     })
 }
 
+/// What the store says; nothing where it cannot be read, which is logged.
+fn read<T: Default>(answer: Result<T, StoreError>) -> T {
+    answer.unwrap_or_else(|error| {
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(error, "the results database cannot be read");
+        T::default()
+    })
+}
+
 fn counts(node: &NodeState) -> Counts {
+    let decided = node.counters.counts();
     let intake = &node.intake.counters;
     let spool = node.spool.counts();
     Counts {
@@ -56,6 +68,11 @@ fn counts(node: &NodeState) -> Counts {
         files_quarantined: intake.files_quarantined.get(),
         sync_calls: spool.sync_calls,
         written_bytes: spool.written_bytes,
+        analysed: decided.n_analysed,
+        not_analysed: decided.n_not_analysed,
+        recognised: decided.n_recognised,
+        workers_replaced: decided.n_workers_replaced,
+        store_failures: decided.n_store_failures,
         ..Counts::default()
     }
 }
@@ -65,6 +82,9 @@ fn status(node: &NodeState) -> Status {
     let disk = board::disk_bytes(&config.state_dir).unwrap_or_default();
     let counts = counts(node);
     let room = node.spool.room();
+    let model = node.model.borrow().clone();
+    let (studies, positive_studies) = read(node.store.count_studies());
+    let cursor = node.counters.counts().cursor;
     let mut status = Status {
         version: env!("CARGO_PKG_VERSION").into(),
         ae_title: config.ae_title.clone(),
@@ -72,6 +92,14 @@ fn status(node: &NodeState) -> Status {
         received: counts.objects,
         analysed: counts.analysed,
         not_analysed: counts.not_analysed,
+        waiting: node.spool.latest().borrow().saturating_sub(cursor),
+        studies,
+        positive_studies,
+        model: model.name,
+        model_digest: model.digest,
+        model_notice: model.notice,
+        is_demonstration: model.is_demonstration,
+        self_test: model.self_test,
         disk_free_bytes: disk.0,
         disk_total_bytes: disk.1,
         spool_bytes: node.spool.counts().used_bytes,

@@ -1,0 +1,398 @@
+//! The decider: from slices that are ready for the network to results that are durable and said.
+//!
+//! In: what [`super::analysis`] hands over. Out: batches for the [store](super::store), [`Changed`] for whoever watches. One thread, one engine
+//! session.
+//!
+//! - A slice that came before with the same pixels keeps its logit: no inference. With other pixels it is analysed anew and flagged.
+//! - Answers are written in batches: at once where nothing else waits, otherwise every [`BATCH_TIME`] or [`BATCH_SLICES`].
+//! - A study is complete when its quiet time has passed since its last object arrived, by the monotonic clock, and everything that had
+//!   arrived by then is decided. A positive one is said at once, provisionally; everything else only then.
+//! - While the store fails nothing is dropped: the thread waits and tries again, and the spool fills until intake refuses.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shared::uid::Uid;
+use tokio::sync::broadcast;
+
+use super::arrivals::Arrivals;
+use super::counters::Counters;
+use super::handoff::Handoff;
+use super::open_study::{OpenStudy, Settled};
+use super::store::{Batch, Enqueue, SliceKey, SliceRow, Store, StoreError};
+use super::studies::Judge;
+use super::{Changed, Item, Part};
+use crate::result::Element;
+use crate::wire::{ObjectFacts, Reason};
+
+/// Slices of a batch.
+const BATCH_SLICES: usize = 32;
+/// Longest time from a slice's answer to its being written.
+const BATCH_TIME: Duration = Duration::from_millis(200);
+/// How often a study that only grows is written.
+const STUDY_TIME: Duration = Duration::from_secs(1);
+/// How long the thread waits for a slice before it looks at the clock.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long it waits after the store has failed.
+const STORE_PATIENCE: Duration = Duration::from_secs(2);
+/// Slices kept in memory over all open studies; beyond it, studies are read again when something comes.
+const MAX_ROWS_IN_MEMORY: usize = 8_192;
+/// Most slices of one study; later ones are refused.
+const MAX_SLICES_OF_STUDY: usize = 20_000;
+/// Hexadecimal digits of a digest of elements.
+const DIGEST_DIGITS: usize = 32;
+
+/// What runs the network.
+pub(crate) enum Network {
+    /// A model that has passed its self-test.
+    Ready(Box<engine::Session>),
+    /// None: every slice gets this reason, and is analysed again when there is one.
+    Absent(Reason),
+    /// The tensor's first four bytes are the logit; counts how often it is asked.
+    #[cfg(test)]
+    Scripted(Arc<std::sync::atomic::AtomicU64>),
+}
+
+/// What the decider is given.
+pub(crate) struct Parts {
+    /// Where results lie.
+    pub(crate) store: Arc<Store>,
+    /// What runs the network.
+    pub(crate) network: Network,
+    /// What judges.
+    pub(crate) judge: Judge,
+    /// Quiet time.
+    pub(crate) quiet_time: Duration,
+    /// When objects arrived.
+    pub(crate) arrivals: Arc<Arrivals>,
+    /// Puts what is said into the outbox.
+    pub(crate) enqueue: Box<Enqueue>,
+    /// Told of every change.
+    pub(crate) changed: broadcast::Sender<Changed>,
+    /// Told of every object that is decided for good.
+    pub(crate) finished: Box<dyn Fn(u64) + Send>,
+    /// Counts.
+    pub(crate) counters: Arc<Counters>,
+    /// Unix time in ms.
+    pub(crate) now_ms: fn() -> i64,
+}
+
+/// The decider.
+pub(crate) struct Decider {
+    parts: Parts,
+    studies: BTreeMap<Uid, OpenStudy>,
+    batch: Batch,
+    batch_began: Option<Instant>,
+    /// Up to here everything is written.
+    cursor: u64,
+    /// Decided for good with the batch.
+    finished: Vec<u64>,
+    /// Whether a slice of the object at hand waits for a sound model.
+    is_again: bool,
+}
+
+impl Decider {
+    /// A decider that goes on where the store ends.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub(crate) fn new(parts: Parts, now: Instant) -> Result<Self, StoreError> {
+        let mut studies = BTreeMap::new();
+        for study_uid in parts.store.open_studies()? {
+            // Its quiet time begins anew: how long the node was down is not known.
+            let mut open = OpenStudy::load(&parts.store, &study_uid, now)?;
+            open.is_dirty = true;
+            studies.insert(study_uid, open);
+        }
+        let cursor = parts.store.cursor()?;
+        parts.counters.reached(cursor, studies.len());
+        Ok(Self {
+            cursor,
+            parts,
+            studies,
+            batch: Batch::default(),
+            batch_began: None,
+            finished: Vec::new(),
+            is_again: false,
+        })
+    }
+
+    /// Runs until the hand-off is closed and empty.
+    pub(crate) fn run(mut self, handoff: &Handoff<Item>) {
+        loop {
+            // With a batch begun, nothing is waited for: what there is, is written as soon as nothing else is there.
+            let patience = self.batch_began.map_or(PATIENCE, |_| Duration::ZERO);
+            let taken = handoff.pop(patience);
+            self.parts.counters.beat();
+            match taken {
+                Ok(Some(item)) => {
+                    self.until_it_works(|decider| decider.load_study_of(&item));
+                    self.batch_began.get_or_insert_with(Instant::now);
+                    self.take(item);
+                    if self.is_batch_due() {
+                        self.until_it_works(Self::write);
+                    }
+                }
+                Ok(None) => self.until_it_works(Self::write),
+                Err(_) => return self.until_it_works(Self::write),
+            }
+        }
+    }
+
+    fn until_it_works(&mut self, mut work: impl FnMut(&mut Self) -> Result<(), StoreError>) {
+        while let Err(error) = work(self) {
+            self.parts.counters.store_failed();
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "the results database fails; trying again");
+            std::thread::sleep(STORE_PATIENCE);
+        }
+    }
+
+    fn is_batch_due(&self) -> bool {
+        self.batch.rows.len() >= BATCH_SLICES
+            || self
+                .batch_began
+                .is_some_and(|began| began.elapsed() >= BATCH_TIME)
+    }
+
+    /// Has the item's study in memory.
+    fn load_study_of(&mut self, item: &Item) -> Result<(), StoreError> {
+        let Some(study_uid) = &item.object.study_uid else {
+            return Ok(());
+        };
+        let now = Instant::now();
+        if !self.studies.contains_key(study_uid) {
+            let open = OpenStudy::load(&self.parts.store, study_uid, now)?;
+            self.studies.insert(study_uid.clone(), open);
+        }
+        if let Some(open) = self.studies.get_mut(study_uid)
+            && open.known.is_none()
+        {
+            open.known = Some(self.parts.store.slices(study_uid)?);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, item: Item) {
+        let (frame, slice) = match item.part {
+            Part::End => return self.end_object(item.sequence, item.is_again),
+            Part::Refused(reason) => (0, Err(reason)),
+            Part::Slice(frame_index, slice) => {
+                self.batch.partial = Some((item.sequence, frame_index + 1));
+                let frame = if item.object.is_multi_frame {
+                    frame_index + 1
+                } else {
+                    0
+                };
+                (frame, slice)
+            }
+        };
+        let arrival = self.parts.arrivals.moment(item.sequence, Instant::now());
+        let sop_uid = item.object.sop_uid.clone().or(item.sop_uid);
+        let study_uid = item.object.study_uid.as_ref();
+        let (Some(study_uid), Some(sop_uid)) = (study_uid, sop_uid) else {
+            let reason = slice.err().unwrap_or_else(|| {
+                Reason::new("no-uid", "the object has no Study or no SOP Instance UID")
+            });
+            self.parts.counters.unassigned();
+            self.batch.unassigned.push((item.sequence, reason));
+            return;
+        };
+        let Some(study) = self.studies.get_mut(study_uid) else {
+            return;
+        };
+        study.last_arrival = study.last_arrival.max(arrival);
+        let key: SliceKey = (sop_uid, frame);
+        let mut row = SliceRow {
+            sequence: item.sequence,
+            received_ms: item.received_ms,
+            series_uid: item.object.series_uid.clone(),
+            sop_class_uid: sop_class(&item.object, item.sop_class_uid),
+            elements: elements_digest(&item.object.elements),
+            facts: None,
+            logit: None,
+            model: None,
+            reason: None,
+            n_received: 1,
+            is_replaced: false,
+            is_spoilt: false,
+        };
+        let slice = match slice {
+            Ok(_) if study.n_rows() >= MAX_SLICES_OF_STUDY => {
+                let text = format!("the study has {MAX_SLICES_OF_STUDY} slices, its most");
+                Err(Reason::new("too-many-slices", text))
+            }
+            slice => slice,
+        };
+        match slice {
+            Err(reason) => row.reason = Some(reason),
+            Ok(tensor) => {
+                let model = &self.parts.judge.model.digest;
+                let known = study.known_logit(&key, &tensor.facts.pixel_digest, model);
+                if known.is_some() {
+                    self.parts.counters.recognised();
+                }
+                let answer = known.map_or_else(|| self.parts.network.logit(&tensor.bytes), Ok);
+                row.facts = Some(tensor.facts);
+                match answer {
+                    Ok(logit) => (row.logit, row.model) = (Some(logit), Some(model.clone())),
+                    Err(reason) => {
+                        self.is_again |= matches!(self.parts.network, Network::Absent(_));
+                        row.reason = Some(reason);
+                    }
+                }
+            }
+        }
+        self.parts.counters.slice(row.logit.is_some());
+        if let Some((_, sets)) = &mut study.known
+            && !sets.contains_key(&row.elements)
+        {
+            let set = &item.object.elements;
+            sets.insert(row.elements.clone(), set.clone());
+            let entry = (study_uid.clone(), row.elements.clone(), set.clone());
+            self.batch.elements.push(entry);
+        }
+        let row = study.take(key.clone(), row);
+        self.batch.rows.push((study_uid.clone(), key, row));
+    }
+
+    fn end_object(&mut self, sequence: u64, is_repeated: bool) {
+        if is_repeated {
+            if !self.is_again {
+                self.batch.again_done.push(sequence);
+            }
+        } else {
+            self.batch.cursor = Some(sequence);
+            if self.is_again {
+                self.batch.again.push(sequence);
+            }
+        }
+        if !self.is_again {
+            self.finished.push(sequence);
+        }
+        self.is_again = false;
+    }
+
+    /// Writes what there is, completes what is quiet, and tells.
+    fn write(&mut self) -> Result<(), StoreError> {
+        let now = Instant::now();
+        let cursor = self.batch.cursor.unwrap_or(self.cursor);
+        let mut settled: Vec<(Uid, Settled)> = Vec::new();
+        let mut ended = Vec::new();
+        for (study_uid, study) in &mut self.studies {
+            let due = study.last_arrival + self.parts.quiet_time;
+            let is_complete = now >= due && self.parts.arrivals.is_decided(due, cursor);
+            if !is_complete && !study.is_dirty {
+                continue;
+            }
+            if study.known.is_none() {
+                study.known = Some(self.parts.store.slices(study_uid)?);
+            }
+            let now_ms = (self.parts.now_ms)();
+            let found = study.settle(&self.parts.judge, study_uid, is_complete, now_ms);
+            if is_complete {
+                ended.push(study_uid.clone());
+            }
+            let is_old = |written: Instant| now - written >= STUDY_TIME;
+            if let Some(found) = found
+                && (found.is_urgent || is_complete || study.written.is_none_or(is_old))
+            {
+                settled.push((study_uid.clone(), found));
+            }
+        }
+        self.batch.studies = settled
+            .iter()
+            .map(|(_, settled)| (settled.result.clone(), settled.statement.clone()))
+            .collect();
+        if !self.batch.is_empty() {
+            self.parts.store.commit(&self.batch, &self.parts.enqueue)?;
+        }
+        self.written(cursor, now, &settled, &ended);
+        Ok(())
+    }
+
+    /// The batch is durable.
+    fn written(&mut self, cursor: u64, now: Instant, settled: &[(Uid, Settled)], ended: &[Uid]) {
+        self.cursor = cursor;
+        self.batch = Batch::default();
+        self.batch_began = None;
+        for sequence in self.finished.drain(..) {
+            (self.parts.finished)(sequence);
+        }
+        for (study_uid, settled) in settled {
+            if let Some(study) = self.studies.get_mut(study_uid) {
+                study.wrote(settled, now);
+            }
+            if let Some(statement) = &settled.statement {
+                let answer = settled.result.words();
+                let (revision, is_provisional) = (statement.revision, statement.is_provisional);
+                tracing::info!(revision, is_provisional, answer, "decided");
+                tracing::debug!(study_uid = %study_uid, revision, "decided");
+            }
+            // An error means that nobody watches.
+            drop(self.parts.changed.send(Changed {
+                study_uid: study_uid.clone(),
+                is_said: settled.statement.is_some(),
+            }));
+        }
+        for study_uid in ended {
+            self.studies.remove(study_uid);
+        }
+        self.parts.counters.reached(self.cursor, self.studies.len());
+        let n_rows: usize = self.studies.values().map(OpenStudy::n_rows).sum();
+        if n_rows > MAX_ROWS_IN_MEMORY {
+            for study in self.studies.values_mut().filter(|study| !study.is_dirty) {
+                study.known = None;
+            }
+        }
+    }
+}
+
+impl Network {
+    /// The logit of one tensor, u8 `[3, 256, 256]`.
+    fn logit(&mut self, tensor: &[u8]) -> Result<f32, Reason> {
+        let session = match self {
+            Self::Ready(session) => session,
+            Self::Absent(reason) => return Err(reason.clone()),
+            #[cfg(test)]
+            Self::Scripted(n_asked) => {
+                n_asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                return Ok(f32::from_le_bytes([
+                    tensor[0], tensor[1], tensor[2], tensor[3],
+                ]));
+            }
+        };
+        let mut logits = [f32::NAN];
+        session
+            .logits(tensor, &mut logits)
+            .map_err(|error| Reason::new("engine", error.to_string()))?;
+        let [logit] = logits;
+        if logit.is_finite() {
+            Ok(logit)
+        } else {
+            let text = format!("the network's answer is {logit}");
+            Err(Reason::new("engine", text))
+        }
+    }
+}
+
+/// The object's own SOP class; what its sender said it was, where it cannot be read.
+fn sop_class(object: &ObjectFacts, announced: String) -> String {
+    match &object.sop_class {
+        Some(uid) => uid.to_string(),
+        None => announced,
+    }
+}
+
+fn elements_digest(elements: &[Element]) -> String {
+    let mut digest = blake3::Hasher::new();
+    for element in elements {
+        digest.update(&element.tag.0.to_le_bytes());
+        digest.update(&element.tag.1.to_le_bytes());
+        digest.update(&(element.value.len() as u64).to_le_bytes());
+        digest.update(&element.value);
+    }
+    let digest = digest.finalize().to_hex();
+    digest[..DIGEST_DIGITS].to_owned()
+}
