@@ -21,7 +21,7 @@ use super::dimse::{self, MAX_COMMAND_BYTES, Request, Status, field};
 use super::store::Store;
 use super::wire::{MAX_PDU_BYTES, MAX_REQUEST_BYTES, Patience, Wire, WireError};
 use super::{Intake, part10};
-use crate::config::Config;
+use crate::config::{Config, Limits};
 
 const ASSOCIATE_RQ: u8 = 0x01;
 const P_DATA: u8 = 0x04;
@@ -252,7 +252,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Association<S> {
         loop {
             if matches!(self.message, Message::None) {
                 patience.first_byte = limits.idle_timeout;
-                self.wait_for_message(patience).await?;
+                self.wait_for_message(patience, &limits).await?;
             } else {
                 patience.first_byte = limits.pdu_timeout;
             }
@@ -275,12 +275,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Association<S> {
     }
 
     /// Waits for a message, or for the node to stop.
-    async fn wait_for_message(&mut self, patience: Patience) -> Result<(), Ending> {
+    async fn wait_for_message(
+        &mut self,
+        patience: Patience,
+        limits: &Limits,
+    ) -> Result<(), Ending> {
         let mut stopping = self.around.stopping.clone();
         tokio::select! {
             biased;
             _ = stopping.wait_for(|is_stopping| *is_stopping) => Err(Ending::Stopping),
-            waited = self.wire.wait(patience) => Ok(waited?),
+            waited = self.wire.wait(patience, limits) => Ok(waited?),
         }
     }
 

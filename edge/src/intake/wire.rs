@@ -70,6 +70,16 @@ struct Rate {
     bytes: u64,
 }
 
+/// What a read brought.
+enum Filled {
+    /// Bytes, or the end of a rate window that was fast enough.
+    Some,
+    /// The end of the stream.
+    End,
+    /// Nothing before the deadline.
+    Late,
+}
+
 /// How long to wait for a PDU.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
@@ -101,21 +111,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     }
 
     /// Waits for the beginning of a PDU; nothing is lost when the wait is given up.
-    pub(super) async fn wait(&mut self, patience: Patience) -> Result<(), WireError> {
+    pub(super) async fn wait(
+        &mut self,
+        patience: Patience,
+        limits: &Limits,
+    ) -> Result<(), WireError> {
         self.discard();
-        if self.filled > 0 {
-            return Ok(());
-        }
-        self.make_room(FIRST_BYTES);
-        let read = self.stream.read(&mut self.buffer);
-        match timeout(patience.first_byte, read).await {
-            Err(_) => Err(WireError::Idle(patience.first_byte)),
-            Ok(Ok(0)) => Err(WireError::Closed),
-            Ok(read) => {
-                self.filled = read?;
-                Ok(())
+        let deadline = Instant::now() + patience.first_byte;
+        while self.filled == 0 {
+            match self.fill(FIRST_BYTES, deadline, limits).await? {
+                Filled::Some => {}
+                Filled::End => return Err(WireError::Closed),
+                Filled::Late => return Err(WireError::Idle(patience.first_byte)),
             }
         }
+        Ok(())
     }
 
     /// Reads a PDU. Out: its type, and where its body lies in the buffer.
@@ -124,7 +134,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         patience: Patience,
         limits: &Limits,
     ) -> Result<(u8, Range<usize>), WireError> {
-        self.wait(patience).await?;
+        self.wait(patience, limits).await?;
         let deadline = Instant::now() + patience.whole;
         let mut needed = HEADER_BYTES;
         loop {
@@ -141,7 +151,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
             if self.filled >= needed {
                 break;
             }
-            self.fill(needed, deadline, patience.whole, limits).await?;
+            // The buffer doubles with what came, so a claimed length alone costs nothing.
+            let room = needed.min((2 * self.filled).max(FIRST_BYTES));
+            match self.fill(room, deadline, limits).await? {
+                Filled::Some => {}
+                Filled::End => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Filled::Late => return Err(WireError::Slow(patience.whole)),
+            }
         }
         self.consumed = needed;
         Ok((self.buffer[0], HEADER_BYTES..needed))
@@ -157,16 +173,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         self.buffer = buffer;
     }
 
-    /// Reads once into the room behind what is there.
+    /// Reads once, into at least `room` bytes of buffer.
     async fn fill(
         &mut self,
-        needed: usize,
+        room: usize,
         deadline: Instant,
-        whole: Duration,
         limits: &Limits,
-    ) -> Result<(), WireError> {
-        // The buffer doubles with what came, so a claimed length alone costs nothing.
-        self.make_room(needed.min((2 * self.filled).max(FIRST_BYTES)));
+    ) -> Result<Filled, WireError> {
+        self.make_room(room);
         let asked = Instant::now();
         let mut patience = deadline.saturating_duration_since(asked);
         if self.rate.is_measured {
@@ -176,26 +190,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         let read = timeout(patience, read).await;
         self.rate.waited += asked.elapsed();
         match read {
-            Ok(Ok(0)) => return Err(WireError::Io(io::ErrorKind::UnexpectedEof.into())),
+            Ok(Ok(0)) => return Ok(Filled::End),
             Ok(read) => {
                 let bytes = read?;
                 self.filled += bytes;
                 self.rate.bytes += bytes as u64;
             }
-            Err(_) if Instant::now() >= deadline => return Err(WireError::Slow(whole)),
+            Err(_) if Instant::now() >= deadline => return Ok(Filled::Late),
             Err(_) => {}
         }
-        if self.rate.is_measured && self.rate.waited >= limits.rate_window {
-            let seconds = self.rate.waited.as_secs_f64();
-            #[expect(
-                clippy::cast_precision_loss,
-                reason = "a rate needs no more than 52 bits"
-            )]
-            if (self.rate.bytes as f64) < limits.min_bytes_per_second as f64 * seconds {
-                return Err(WireError::Rate(limits.min_bytes_per_second));
-            }
-            self.measure_rate(true);
+        self.check_rate(limits)?;
+        Ok(Filled::Some)
+    }
+
+    fn check_rate(&mut self, limits: &Limits) -> Result<(), WireError> {
+        if !self.rate.is_measured || self.rate.waited < limits.rate_window {
+            return Ok(());
         }
+        // In ms, so that windows below a second count too; no product comes near 2^64.
+        let waited_ms = u64::try_from(self.rate.waited.as_millis()).unwrap_or(u64::MAX);
+        let least = limits.min_bytes_per_second.saturating_mul(waited_ms) / 1000;
+        if self.rate.bytes < least {
+            return Err(WireError::Rate(limits.min_bytes_per_second));
+        }
+        self.measure_rate(true);
         Ok(())
     }
 
