@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::kernels::peak_macs_per_second;
 use crate::model::{Model, Program, RunError};
-use crate::network::Network;
+use crate::network::{Network, Weights};
 use crate::session::Runner;
 
 /// Runs of which each layer's least time is taken.
@@ -44,7 +44,7 @@ pub struct LayerReport {
     pub macs: u64,
     /// Bytes of packed parameters that one image reads at least once.
     pub weight_bytes: usize,
-    /// Share of the peak, 0 to 1.
+    /// `macs` a second as a share of the peak; above 1 where the algorithm needs fewer multiplications than the definition.
     pub share_of_peak: Option<f64>,
 }
 
@@ -77,17 +77,11 @@ fn explain(network: &Arc<Network>) -> Result<Explanation, RunError> {
     let runs: Vec<Vec<Duration>> = (0..RUNS).map(|_| runner.layer_times(&image)).collect();
     let peak = peak_macs_per_second(network.kernel);
     let convolutions = network.convolutions.iter().map(|layer| {
-        let bytes = layer
-            .blocks
-            .iter()
-            .map(|block| block.weights.len() + 8 * block.bias.len())
-            .sum();
-        (
-            &layer.name,
-            "convolution + ReLU + max pool",
-            layer.macs(),
-            bytes,
-        )
+        let operator = match layer.weights {
+            Weights::Direct(_) => "convolution + ReLU + max pool",
+            Weights::Winograd(_) => "Winograd convolution + ReLU + max pool",
+        };
+        (&layer.name, operator, layer.macs(), layer.parameter_bytes())
     });
     let dense = network.dense.iter().map(|layer| {
         let macs = (layer.n_inputs * layer.n_outputs()) as u64;
@@ -167,7 +161,7 @@ impl fmt::Display for Explanation {
             } = layer;
             writeln!(
                 f,
-                "{name:20} {operator:30} {micros:10.0} us {mmac:7} MMAC {kib:6} KiB weights {share}"
+                "{name:20} {operator:38} {micros:10.0} us {mmac:7} MMAC {kib:6} KiB weights {share}"
             )?;
         }
         Ok(())

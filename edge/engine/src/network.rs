@@ -4,15 +4,15 @@
 //! Out: an immutable [`Network`] that sessions share. Refused here: weights of -128 and accumulators that could leave i32.
 //!
 //! Activations are `[row][column, channel]` u8 with the channels padded to a multiple of 16. The image `[channel, row,
-//! column]` is turned into patches, one row at a time: pixel by pixel the 27 bytes that the 3 x 3 kernel covers, in the order of
-//! the ONNX weights. So the first convolution is one with a kernel of one row, and needs no code of its own.
+//! column]` is turned into patches, see `patches.rs`. So the first convolution is one with a kernel of one row, and needs no code of its own.
 
 use shared::quantize::{MAX_ACTIVATION, check_accumulators, requantize_scale};
 use tract_onnx::pb::ModelProto;
 
 use crate::chain::{Chain, Layer};
-use crate::kernels::{Kernel, PackedBlock, Unpacked, pack};
+use crate::kernels::{Kernel, PackedBlock, Unpacked, WinogradLayer, is_exact, pack};
 use crate::model::LoadError;
+use crate::patches::{arrange_filter, patch_bytes};
 
 /// Channels of an activation row are padded to a multiple of this.
 const CHANNEL_STEP: usize = 16;
@@ -34,7 +34,7 @@ pub(crate) struct Network {
 #[derive(Debug)]
 pub(crate) struct Convolution {
     pub(crate) name: String,
-    pub(crate) blocks: Vec<PackedBlock>,
+    pub(crate) weights: Weights,
     /// Bytes of a packed kernel row.
     pub(crate) kernel_row_bytes: usize,
     /// Bytes from one input pixel to the next.
@@ -43,6 +43,15 @@ pub(crate) struct Convolution {
     pub(crate) pooled: [usize; 2],
     pub(crate) n_inputs: usize,
     pub(crate) n_channels: usize,
+}
+
+/// The weights of a convolution, in the order of the algorithm that runs it.
+#[derive(Debug)]
+pub(crate) enum Weights {
+    /// Nine products for each output.
+    Direct(Vec<PackedBlock>),
+    /// Four products for each output, see `kernels/winograd.rs`.
+    Winograd(WinogradLayer),
 }
 
 /// A dense layer.
@@ -72,6 +81,15 @@ impl Convolution {
     pub(crate) fn macs(&self) -> u64 {
         let positions = 4 * self.pooled[0] * self.pooled[1];
         (positions * self.n_channels * self.n_inputs * KERNEL_SIDE * KERNEL_SIDE) as u64
+    }
+
+    /// Bytes of packed weights, biases and scales.
+    pub(crate) fn parameter_bytes(&self) -> usize {
+        let bytes = |block: &PackedBlock| block.weights.len() + 8 * block.bias.len();
+        match &self.weights {
+            Weights::Direct(blocks) => blocks.iter().map(bytes).sum(),
+            Weights::Winograd(layer) => layer.bytes(),
+        }
     }
 }
 
@@ -212,34 +230,49 @@ fn convolution(
 
     let geometry = kernel.geometry();
     let (kernel_rows, column_bytes) = if is_first {
-        (1, filter.next_multiple_of(geometry.step))
+        (1, patch_bytes(channels))
     } else {
         (KERNEL_SIDE, channels.next_multiple_of(CHANNEL_STEP))
     };
     let kernel_row_bytes = if is_first {
-        column_bytes
+        filter.next_multiple_of(geometry.step)
     } else {
         KERNEL_SIDE * column_bytes
     };
-    let mut arranged = vec![0; n_channels * kernel_rows * kernel_row_bytes];
-    let filters = arranged.chunks_exact_mut(kernel_rows * kernel_row_bytes);
-    for (to, from) in filters.zip(weights.chunks_exact(filter)) {
-        if is_first {
-            to[..filter].copy_from_slice(from);
-        } else {
-            channels_last(from, to, column_bytes);
-        }
-    }
     let scale = scales(&layer);
-    let unpacked = Unpacked {
-        weights: &arranged,
-        kernel_rows,
-        kernel_row_bytes,
-        bias: &layer.bias,
-        scale: &scale,
+    let winograd = kernel
+        .winograd_channels(channels)
+        .filter(|_| !is_first && is_exact(&weights, n_channels));
+    let weights = match winograd {
+        Some(block_channels) => {
+            let bias = &layer.bias;
+            Weights::Winograd(WinogradLayer::new(
+                block_channels,
+                &weights,
+                channels,
+                bias,
+                &scale,
+            ))
+        }
+        None => Weights::Direct(pack(
+            geometry,
+            Unpacked {
+                weights: &arranged(
+                    &weights,
+                    n_channels,
+                    column_bytes,
+                    kernel_row_bytes,
+                    is_first,
+                ),
+                kernel_rows,
+                kernel_row_bytes,
+                bias: &layer.bias,
+                scale: &scale,
+            },
+        )),
     };
     Ok(Convolution {
-        blocks: pack(geometry, unpacked),
+        weights,
         name: layer.name,
         kernel_row_bytes,
         column_bytes,
@@ -247,6 +280,28 @@ fn convolution(
         n_inputs: channels,
         n_channels,
     })
+}
+
+/// Filters of a convolution in the order in which it reads its input: patches as in the file, else channels last.
+fn arranged(
+    weights: &[u8],
+    n_channels: usize,
+    column_bytes: usize,
+    kernel_row_bytes: usize,
+    is_first: bool,
+) -> Vec<u8> {
+    let kernel_rows = if is_first { 1 } else { KERNEL_SIDE };
+    let filter = weights.len() / n_channels;
+    let mut arranged = vec![0; n_channels * kernel_rows * kernel_row_bytes];
+    let filters = arranged.chunks_exact_mut(kernel_rows * kernel_row_bytes);
+    for (to, from) in filters.zip(weights.chunks_exact(filter)) {
+        if is_first {
+            arrange_filter(from, to, filter / (KERNEL_SIDE * KERNEL_SIDE));
+        } else {
+            channels_last(from, to, column_bytes);
+        }
+    }
+    arranged
 }
 
 /// One filter from `[channel, row, column]` to `[row, column, channel]`, `column_bytes` a column.

@@ -17,9 +17,9 @@ use std::time::Duration;
 use shared::quantize::requantize;
 
 use crate::contributions::{Contributions, divide};
-use crate::kernels::{self, ConvRow, cpu_time};
-use crate::network::{Convolution, KERNEL_SIDE, Network};
-use crate::patches::gather_patches;
+use crate::kernels::{self, ConvRow, WinogradRow, WinogradScratch, cpu_time};
+use crate::network::{Convolution, KERNEL_SIDE, Network, Weights};
+use crate::patches::{self, gather_patches};
 
 /// Input rows under a pooled row of a 3 x 3 convolution; also the size of the ring.
 const STRIP_ROWS: usize = KERNEL_SIDE + 1;
@@ -56,13 +56,14 @@ struct FeatureMap {
 #[derive(Debug)]
 struct Worker {
     index: usize,
-    /// Patches of the two rows under one pooled row of the first convolution.
-    patches: [Vec<u8>; 2],
+    /// Patches under one pooled row of the first convolution.
+    patches: Vec<u8>,
     /// The latest rows of the first convolution, row `r` at `r % 4`.
     ring: [Vec<u8>; STRIP_ROWS],
     /// Input of the dense layer at work, contiguous.
     features: Vec<u8>,
     sums: Vec<i32>,
+    scratch: WinogradScratch,
     /// CPU time spent in each layer, convolutions first, where it is measured.
     times: Option<Vec<Duration>>,
 }
@@ -165,15 +166,11 @@ impl Runner {
     pub(crate) fn activation_bytes(&self) -> usize {
         let rows =
             |map: &FeatureMap| map.rows.len() * map.rows.first().map_or(0, |row| lock(row).len());
-        let own: usize = self
-            .worker
-            .patches
-            .iter()
-            .chain(&self.worker.ring)
-            .map(Vec::len)
-            .sum();
+        let ring: usize = self.worker.ring.iter().map(Vec::len).sum();
+        let own = self.worker.patches.len() + ring;
         self.shared.maps.iter().map(rows).sum::<usize>()
-            + self.shared.n_threads * (own + self.worker.features.len())
+            + self.shared.n_threads
+                * (own + self.worker.features.len() + self.worker.scratch.bytes())
     }
 }
 
@@ -212,7 +209,7 @@ fn share(n: usize, index: usize, n_threads: usize) -> Range<usize> {
 impl Worker {
     fn new(network: &Network, index: usize) -> Self {
         let first = &network.convolutions[0];
-        let patch_bytes = 2 * first.pooled[1] * first.column_bytes;
+        let patch_bytes = 2 * first.pooled[1] * first.column_bytes + first.kernel_row_bytes;
         let ring_bytes = if network.convolutions.len() > 1 {
             first.row_bytes()
         } else {
@@ -224,9 +221,15 @@ impl Worker {
             .map(|layer| layer.n_inputs)
             .max()
             .unwrap_or(0);
+        let mut scratch = WinogradScratch::default();
+        for convolution in &network.convolutions {
+            if let Weights::Winograd(layer) = &convolution.weights {
+                layer.reserve(convolution.pooled[1], &mut scratch);
+            }
+        }
         Self {
             index,
-            patches: std::array::from_fn(|_| vec![0; patch_bytes]),
+            patches: vec![0; patch_bytes],
             ring: std::array::from_fn(|_| vec![0; ring_bytes]),
             features: vec![0; widest],
             sums: vec![
@@ -238,6 +241,7 @@ impl Worker {
                     .max()
                     .unwrap_or(0)
             ],
+            scratch,
             times: None,
         }
     }
@@ -279,7 +283,14 @@ impl Worker {
             let mut out = map.rows[row]
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            first_row(network, image, row, &mut self.patches, &mut out);
+            first_row(
+                network,
+                image,
+                row,
+                &mut self.patches,
+                &mut self.scratch,
+                &mut out,
+            );
             self.clock(0, started);
         }
     }
@@ -301,6 +312,7 @@ impl Worker {
                     image,
                     first,
                     &mut self.patches,
+                    &mut self.scratch,
                     &mut self.ring[first % STRIP_ROWS],
                 );
             }
@@ -313,7 +325,7 @@ impl Worker {
             let mut out = map.rows[row]
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            pooled_row(network, 1, &strip, &mut out);
+            pooled_row(network, 1, &strip, &mut self.scratch, &mut out);
             self.clock(1, started);
         }
     }
@@ -329,7 +341,7 @@ impl Worker {
             let mut out = shared.maps[previous + 1].rows[row]
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            pooled_row(&shared.network, layer, &strip, &mut out);
+            pooled_row(&shared.network, layer, &strip, &mut self.scratch, &mut out);
             self.clock(layer, started);
         }
     }
@@ -397,31 +409,53 @@ fn first_row(
     network: &Network,
     image: &[u8],
     row: usize,
-    patches: &mut [Vec<u8>; 2],
+    patches: &mut [u8],
+    scratch: &mut WinogradScratch,
     out: &mut [u8],
 ) {
-    for (index, patches) in patches.iter_mut().enumerate() {
-        gather_patches(network, image, 2 * row + index, patches);
-    }
-    let [top, bottom] = &*patches;
-    pooled_row(network, 0, &[top, bottom], out);
+    gather_patches(network.image, image, 2 * row, patches);
+    let bottom = patches::bytes_per_line(network.image[0]);
+    pooled_row(network, 0, &[patches, &patches[bottom..]], scratch, out);
 }
 
 /// One pooled row of a convolution, all channels.
-fn pooled_row(network: &Network, layer: usize, rows: &[&[u8]], out: &mut [u8]) {
+fn pooled_row(
+    network: &Network,
+    layer: usize,
+    rows: &[&[u8]],
+    scratch: &mut WinogradScratch,
+    out: &mut [u8],
+) {
     let convolution = &network.convolutions[layer];
-    for block in &convolution.blocks {
-        let row = ConvRow {
-            rows,
-            column_bytes: convolution.column_bytes,
-            kernel_row_bytes: convolution.kernel_row_bytes,
-            weights: &block.weights,
-            bias: &block.bias,
-            scale: &block.scale,
-            n_columns: convolution.pooled[1],
-            out_stride: convolution.channel_stride(),
-        };
-        kernels::conv_row(network.kernel, &row, &mut out[block.first_channel..]);
+    let (column_bytes, n_columns) = (convolution.column_bytes, convolution.pooled[1]);
+    let out_stride = convolution.channel_stride();
+    match (&convolution.weights, rows) {
+        (Weights::Winograd(layer), &[a, b, c, d]) => {
+            let row = WinogradRow {
+                layer,
+                rows: [a, b, c, d],
+                column_bytes,
+                n_columns,
+                out_stride,
+            };
+            kernels::winograd_row(network.kernel, &row, scratch, out);
+        }
+        (Weights::Winograd(_), _) => unreachable!("a 3 x 3 layer reads four rows"),
+        (Weights::Direct(blocks), _) => {
+            for block in blocks {
+                let row = ConvRow {
+                    rows,
+                    column_bytes,
+                    kernel_row_bytes: convolution.kernel_row_bytes,
+                    weights: &block.weights,
+                    bias: &block.bias,
+                    scale: &block.scale,
+                    n_columns,
+                    out_stride,
+                };
+                kernels::conv_row(network.kernel, &row, &mut out[block.first_channel..]);
+            }
+        }
     }
 }
 

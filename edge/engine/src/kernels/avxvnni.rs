@@ -3,11 +3,14 @@
 //! A tile is one 2 x 2 window by 24 output channels: 12 of the 16 registers hold sums, three hold weights, one a broadcast of four
 //! activations. Twelve sums under way hide the instruction's latency.
 
-use std::arch::x86_64::{_mm256_dpbusd_avx_epi32, _mm256_set1_epi32, _mm256_setzero_si256};
+use std::arch::x86_64::{
+    __m256i, _mm256_dpbusd_avx_epi32, _mm256_set1_epi32, _mm256_setzero_si256,
+};
 
 use std::hint::black_box;
 
 use super::avx2::{load, load_i32, pool_and_store, sum_of_lanes};
+use super::tile256::tile_256;
 use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
 
 /// 8 channels a vector, three vectors a block, four activations a step.
@@ -20,48 +23,19 @@ pub(super) const GEOMETRY: Geometry = Geometry {
     is_offset: false,
 };
 
-/// See [`super::conv_row`].
-#[target_feature(enable = "avx2,avxvnni")]
-pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
-    match row.bias.len() {
-        8 => (0..row.n_columns).for_each(|column| tile::<1>(row, column, out)),
-        16 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
-        24 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
-        n => panic!("a block of {n} channels was not packed for this kernel"),
-    }
-}
+tile_256!("avx2,avxvnni", 32, add_products);
 
-/// One pooled column of `VECTORS` x 8 channels.
+/// Four activations of a position times their weights, added to its sums.
+#[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
-    let mut sums = [[_mm256_setzero_si256(); VECTORS]; POSITIONS];
-    for (v, bias) in row.bias::<8, VECTORS>().iter().enumerate() {
-        let bias = load_i32(bias);
-        for sums in &mut sums {
-            sums[v] = bias;
-        }
-    }
-    for kernel_row in 0..row.kernel_rows() {
-        let windows = row.windows::<1, 4>(kernel_row, column);
-        let weights = row.kernel_row_weights(kernel_row).as_chunks::<32>().0;
-        for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
-            let mut w = [_mm256_setzero_si256(); VECTORS];
-            for (w, bytes) in w.iter_mut().zip(weights) {
-                *w = load(bytes);
-            }
-            for (position, sums) in sums.iter_mut().enumerate() {
-                let activations =
-                    _mm256_set1_epi32(i32::from_le_bytes(*windows.at(position, 0, step)));
-                for (sum, w) in sums.iter_mut().zip(w) {
-                    *sum = _mm256_dpbusd_avx_epi32(*sum, activations, w);
-                }
-            }
-        }
-    }
-    let [a, b, c, d] = sums;
-    let pixel = row.pixel::<8, VECTORS>(column, out);
-    for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
-        pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
+fn add_products<const VECTORS: usize>(
+    sums: &mut [__m256i; VECTORS],
+    quad: &[u8; 4],
+    weights: &[[u8; 32]; VECTORS],
+) {
+    let activations = _mm256_set1_epi32(i32::from_le_bytes(*quad));
+    for (sum, weights) in sums.iter_mut().zip(weights) {
+        *sum = _mm256_dpbusd_avx_epi32(*sum, activations, load(weights));
     }
 }
 

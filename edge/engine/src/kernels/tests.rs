@@ -3,7 +3,10 @@
 use proptest::prelude::{ProptestConfig, any, prop_assert_eq, proptest};
 use proptest::test_runner::TestCaseError;
 
-use super::{ConvRow, Kernel, Unpacked, conv_row, dense, pack};
+use super::{
+    ConvRow, Kernel, Unpacked, WinogradLayer, WinogradRow, WinogradScratch, conv_row, dense,
+    is_exact, pack, winograd_row,
+};
 
 /// Seeded bytes (SplitMix64); `weight` keeps them out of -128.
 fn bytes(seed: u64, n: usize) -> Vec<u8> {
@@ -115,6 +118,107 @@ fn check_layer(layer: &Layer) -> Result<(), TestCaseError> {
         prop_assert_eq!(&layer_row(kernel, &layer), &expected, "{}", kernel);
     }
     Ok(())
+}
+
+/// A 3 x 3 layer over pixels of `n_inputs` channels, by Winograd and by the scalar definition.
+fn check_winograd(
+    seed: u64,
+    [n_inputs, n_channels, n_columns]: [usize; 3],
+    scale: f32,
+    extreme: (u8, u8),
+) -> Result<(), TestCaseError> {
+    let column_bytes = n_inputs.next_multiple_of(16);
+    let row_bytes = (2 * n_columns + 2) * column_bytes;
+    let input = activations(seed, 4 * row_bytes, extreme.0);
+    let rows: Vec<&[u8]> = input.chunks_exact(row_bytes).collect();
+    let filters = weights(seed, n_channels * n_inputs * 9, extreme.1);
+    let bias: Vec<i32> = bytes(seed, n_channels)
+        .into_iter()
+        .map(|byte| i32::from(byte) * 999 - 99_999)
+        .collect();
+    let scale = vec![scale; n_channels];
+    let out_stride = n_channels.next_multiple_of(16);
+
+    let mut arranged = vec![0; n_channels * 9 * column_bytes];
+    for (to, from) in arranged
+        .chunks_exact_mut(9 * column_bytes)
+        .zip(filters.chunks_exact(9 * n_inputs))
+    {
+        for (index, &weight) in from.iter().enumerate() {
+            to[index % 9 * column_bytes + index / 9] = weight;
+        }
+    }
+    let unpacked = Unpacked {
+        weights: &arranged,
+        kernel_rows: 3,
+        kernel_row_bytes: 3 * column_bytes,
+        bias: &bias,
+        scale: &scale,
+    };
+    let mut expected = vec![0; n_columns * out_stride];
+    for block in pack(Kernel::Scalar.geometry(), unpacked) {
+        let row = ConvRow {
+            rows: &rows,
+            column_bytes,
+            kernel_row_bytes: 3 * column_bytes,
+            weights: &block.weights,
+            bias: &block.bias,
+            scale: &block.scale,
+            n_columns,
+            out_stride,
+        };
+        conv_row(Kernel::Scalar, &row, &mut expected[block.first_channel..]);
+    }
+    assert!(is_exact(&filters, n_channels), "few channels are");
+    for kernel in Kernel::available() {
+        let Some(block_channels) = kernel.winograd_channels(n_inputs) else {
+            continue;
+        };
+        let layer = WinogradLayer::new(block_channels, &filters, n_inputs, &bias, &scale);
+        let mut scratch = WinogradScratch::default();
+        layer.reserve(n_columns, &mut scratch);
+        let row = WinogradRow {
+            layer: &layer,
+            rows: [rows[0], rows[1], rows[2], rows[3]],
+            column_bytes,
+            n_columns,
+            out_stride,
+        };
+        let mut out = vec![0; n_columns * out_stride];
+        winograd_row(kernel, &row, &mut scratch, &mut out);
+        let true_channels = |row: &[u8]| -> Vec<u8> {
+            let pixels = row.chunks_exact(out_stride);
+            pixels
+                .flat_map(|pixel| &pixel[..n_channels])
+                .copied()
+                .collect()
+        };
+        prop_assert_eq!(true_channels(&out), true_channels(&expected), "{}", kernel);
+    }
+    Ok(())
+}
+
+#[test]
+fn winograd_is_refused_where_four_times_a_sum_leaves_32_bits() {
+    let n = 2_147_483_647 / (4 * 255 * 127);
+    assert!(is_exact(&vec![0x81; n], 1));
+    assert!(!is_exact(&vec![0x81; n + 1], 1));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn winograd_rows_equal_the_scalar_definition(
+        seed in any::<u64>(),
+        n_inputs in 8_usize..70,
+        n_channels in 1_usize..40,
+        n_columns in 1_usize..45,
+        exponent in -20_i32..-4,
+        extreme in (0_u8..6, 0_u8..6),
+    ) {
+        check_winograd(seed, [n_inputs, n_channels, n_columns], 2.0_f32.powi(exponent), extreme)?;
+    }
 }
 
 proptest! {

@@ -1,0 +1,51 @@
+//! The tile of the kernels with 16 registers of 256 bits, for any multiplication.
+//!
+//! A tile is one 2 x 2 window by 24 output channels: 12 registers hold sums, the rest is the multiplication's.
+
+/// Writes `conv_row` for a multiplication: `$add(sums of a position, its four activations, their weights)`, with `$weight_bytes` bytes of
+/// weights for eight channels.
+macro_rules! tile_256 {
+    ($features:literal, $weight_bytes:literal, $add:ident) => {
+        /// See [`super::conv_row`].
+        #[target_feature(enable = $features)]
+        pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
+            match row.bias.len() {
+                8 => (0..row.n_columns).for_each(|column| tile::<1>(row, column, out)),
+                16 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
+                24 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
+                n => panic!("a block of {n} channels was not packed for this kernel"),
+            }
+        }
+
+        /// One pooled column of `VECTORS` x 8 channels.
+        #[target_feature(enable = $features)]
+        fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
+            let mut sums = [[_mm256_setzero_si256(); VECTORS]; POSITIONS];
+            for (v, bias) in row.bias::<8, VECTORS>().iter().enumerate() {
+                let bias = load_i32(bias);
+                for sums in &mut sums {
+                    sums[v] = bias;
+                }
+            }
+            for kernel_row in 0..row.kernel_rows() {
+                let windows = row.windows::<1, 4>(kernel_row, column);
+                let weights = row
+                    .kernel_row_weights(kernel_row)
+                    .as_chunks::<$weight_bytes>()
+                    .0;
+                for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
+                    for (position, sums) in sums.iter_mut().enumerate() {
+                        $add(sums, windows.at(position, 0, step), weights);
+                    }
+                }
+            }
+            let [a, b, c, d] = sums;
+            let pixel = row.pixel::<8, VECTORS>(column, out);
+            for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
+                pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
+            }
+        }
+    };
+}
+
+pub(super) use tile_256;
