@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use engine::{Kernel, Options};
 
 use crate::exit;
+use crate::operate::command::OperateCommand;
 use crate::report::Form;
 
 /// The hidden subcommand that makes this program its own worker.
@@ -35,10 +36,13 @@ pub(crate) enum Command {
     #[command(after_help = SERVE_HELP)]
     Serve(ServeArgs),
     /// Check a configuration file; all its faults are printed at once.
+    #[command(after_help = "Example:\n  edge check --config edge.toml")]
     Check(ServeArgs),
     /// Print a configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+    #[command(flatten)]
+    Operate(OperateCommand),
     /// Parses foreign bytes for the other commands.
     #[command(name = WORKER_COMMAND, hide = true)]
     Worker,
@@ -79,8 +83,10 @@ pub(crate) struct ServeArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
     /// A commented configuration to begin with.
+    #[command(after_help = "Example:\n  edge config init > edge.toml")]
     Init,
     /// The settings in force: the file's, and the defaults.
+    #[command(after_help = "Example:\n  edge config show --config edge.toml")]
     Show(ServeArgs),
 }
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 pub(crate) const TABLE: &str = "\
 Exit codes:
    0  ok
-   1  a check failed: the model's self-test
+   1  a check failed: the model's self-test, `edge doctor`, a node that is not ready
    2  usage
   65  bad data: nothing could be analysed, or the model file cannot be used
   69  a peer is down, or a port or the state folder is in use
@@ -21,6 +21,8 @@ pub(crate) enum Exit {
     Ok = 0,
     /// 1: a check failed.
     FailedCheck = 1,
+    /// 2: usage.
+    Usage = 2,
     /// 65: bad data.
     BadData = 65,
     /// 69: a peer is down, or something we need is in use.

@@ -55,6 +55,7 @@ fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Check(arguments) => serve::check(arguments, &mut out),
         Command::Config(command) => serve::config(command, &mut out),
+        Command::Operate(command) => operate::run(command, &mut out),
         Command::Worker => return worker::run(),
     };
     match done {

@@ -1,0 +1,223 @@
+//! `edge ping`: a C-ECHO to a peer (PS3.4 annex A), for people who look for a fault.
+//!
+//! In: a peer as `AE@HOST:PORT`. Out: how long the answer took, or what stands in the way: no connection, a rejection with its reason, no
+//! answer. Plain DICOM only; a PACS behind TLS is reached by the delivery of results.
+
+use std::fmt;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use dicom_core::VR;
+use dicom_dictionary_std::tags;
+use serde::Serialize;
+use tokio::net::TcpStream;
+
+use super::command::PingArgs;
+use crate::config::Config;
+use crate::exit::{Exit, Failure, failure};
+use crate::intake::admit::VERIFICATION;
+use crate::send::association::{Association, Proposal};
+use crate::send::data_set::DataSet;
+
+/// C-ECHO-RQ (PS3.7 section 9.3.5).
+const ECHO_REQUEST: u16 = 0x0030;
+
+/// A DICOM node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct PeerAddress {
+    /// Its AE title.
+    pub(crate) ae_title: String,
+    /// Host name or address.
+    pub(crate) host: String,
+    /// Port.
+    pub(crate) port: u16,
+}
+
+impl PeerAddress {
+    /// Reads `AE@HOST:PORT`; an IPv6 address stands in brackets.
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
+        let wrong = || anyhow!("a peer is AE@HOST:PORT, found {text:?}");
+        let (ae_title, place) = text.split_once('@').ok_or_else(wrong)?;
+        let (host, port) = place.rsplit_once(':').ok_or_else(wrong)?;
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let is_title = (1..=16).contains(&ae_title.len()) && ae_title.is_ascii();
+        if !is_title || host.is_empty() {
+            return Err(wrong());
+        }
+        Ok(Self {
+            ae_title: ae_title.to_owned(),
+            host: host.to_owned(),
+            port: port.parse().map_err(|_| wrong())?,
+        })
+    }
+
+    /// Connects and asks for an association for one SOP class.
+    ///
+    /// # Errors
+    /// No connection, or no association.
+    pub(crate) async fn open(
+        &self,
+        calling: &str,
+        sop_class_uid: &str,
+        deadline: Duration,
+    ) -> anyhow::Result<Association> {
+        let connecting = TcpStream::connect((self.host.as_str(), self.port));
+        let stream = tokio::time::timeout(deadline, connecting)
+            .await
+            .map_err(|_| anyhow!("no connection within {} s", deadline.as_secs()))?
+            .context("no connection")?;
+        stream.set_nodelay(true).context("connection")?;
+        let proposal = Proposal {
+            calling,
+            called: &self.ae_title,
+            sop_classes: &[sop_class_uid],
+            also_scp: &[],
+        };
+        Ok(Association::request(Box::new(stream), &proposal, deadline).await?)
+    }
+}
+
+impl fmt::Display for PeerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}:{}", self.ae_title, self.host, self.port)
+    }
+}
+
+/// Sends a C-ECHO. The time from the connection to the answer.
+///
+/// # Errors
+/// No connection, no association, no answer, or a status other than success.
+pub(crate) async fn echo(
+    peer: &PeerAddress,
+    calling: &str,
+    deadline: Duration,
+) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    let mut association = peer.open(calling, VERIFICATION, deadline).await?;
+    let mut command = DataSet::default();
+    command
+        .text(tags::AFFECTED_SOP_CLASS_UID, VR::UI, VERIFICATION)
+        .u16(tags::COMMAND_FIELD, ECHO_REQUEST);
+    let answer = association
+        .ask(VERIFICATION, command, None, deadline)
+        .await?;
+    let elapsed = start.elapsed();
+    association.release(deadline).await;
+    match answer.command.number(tags::STATUS) {
+        Some(0) => Ok(elapsed),
+        Some(status) => Err(anyhow!("C-ECHO answered with status {status:04X}")),
+        None => Err(anyhow!("C-ECHO answered without a status")),
+    }
+}
+
+/// What `edge ping --json` prints.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    peer: &'a PeerAddress,
+    calling: &'a str,
+    answered: bool,
+    micros: Option<u64>,
+    error: Option<String>,
+}
+
+/// `edge ping`.
+///
+/// # Errors
+/// `Configuration` for faults of the file or where it names no PACS; `Unavailable` where the peer does not answer.
+pub(crate) fn run(arguments: &PingArgs, out: &mut impl Write) -> Result<Exit, Failure> {
+    let config = Config::load(arguments.config.config.as_deref());
+    let config = config.map_err(failure(Exit::Configuration))?;
+    let peer = match (&arguments.peer, &config.pacs) {
+        (Some(text), _) => PeerAddress::parse(text).map_err(failure(Exit::Usage))?,
+        (None, Some(pacs)) => PeerAddress {
+            ae_title: pacs.ae_title.clone(),
+            host: pacs.host.clone(),
+            port: pacs.port,
+        },
+        (None, None) => {
+            let error = anyhow!("no peer given, and the configuration names no PACS");
+            return Err(failure(Exit::Configuration)(error));
+        }
+    };
+    let calling = arguments.calling.as_deref().unwrap_or(&config.ae_title);
+    let deadline = Duration::from_secs(arguments.timeout);
+    let answer = block_on(echo(&peer, calling, deadline))?;
+    let exit = if answer.is_ok() {
+        Exit::Ok
+    } else {
+        Exit::Unavailable
+    };
+    let written = if arguments.output.json {
+        let report = Report {
+            peer: &peer,
+            calling,
+            answered: answer.is_ok(),
+            micros: answer
+                .as_ref()
+                .ok()
+                .and_then(|time| u64::try_from(time.as_micros()).ok()),
+            error: answer.as_ref().err().map(|error| format!("{error:#}")),
+        };
+        let text = serde_json::to_string(&report).map_err(failure(Exit::CannotWrite))?;
+        writeln!(out, "{text}")
+    } else {
+        match &answer {
+            Ok(time) => writeln!(out, "{peer} answers in {:.1} ms", time.as_secs_f64() * 1e3),
+            Err(error) => writeln!(out, "{peer}: {error:#}"),
+        }
+    };
+    written
+        .and_then(|()| out.flush())
+        .map_err(failure(Exit::CannotWrite))?;
+    Ok(exit)
+}
+
+/// Runs one task on a runtime of its own.
+///
+/// # Errors
+/// `Unavailable` where the system refuses a runtime.
+pub(crate) fn block_on<T>(task: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    Ok(runtime.map_err(failure(Exit::Unavailable))?.block_on(task))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_read_from_its_text() {
+        let peer = PeerAddress::parse("PACS@[::1]:104").unwrap();
+        assert_eq!(
+            (peer.ae_title.as_str(), peer.host.as_str(), peer.port),
+            ("PACS", "::1", 104)
+        );
+        for wrong in [
+            "",
+            "PACS",
+            "PACS@host",
+            "@host:104",
+            "PACS@:104",
+            "PACS@host:x",
+            "SEVENTEENLETTERSX@h:1",
+        ] {
+            assert!(PeerAddress::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn nobody_there_is_an_error_and_not_a_wait() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = PeerAddress::parse("X@127.0.0.1:1").unwrap();
+        peer.port = listener.local_addr().unwrap().port();
+        // A listener that never speaks.
+        let silent = block_on(echo(&peer, "ME", Duration::from_millis(200))).unwrap();
+        assert!(silent.is_err());
+        drop(listener);
+        let gone = block_on(echo(&peer, "ME", Duration::from_secs(20))).unwrap();
+        assert!(gone.is_err());
+    }
+}
