@@ -339,16 +339,5 @@ pub(crate) fn now_ms() -> i64 {
     jiff::Timestamp::now().as_millisecond()
 }
 
-/// Lets into the outbox only what may leave the box.
-pub(crate) fn guarded(allow_demo_results: bool, enqueue: Box<Enqueue>) -> Box<Enqueue> {
-    Box::new(move |transaction, result| {
-        if result.may_leave(allow_demo_results) {
-            enqueue(transaction, result)
-        } else {
-            Ok(())
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests;

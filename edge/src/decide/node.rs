@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::watch;
 
-use super::store::{Store, StoreError};
+use super::store::{Enqueue, Store, StoreError};
 use super::{Deciding, Given, Sound};
 use crate::cli::ModelArgs;
 use crate::config::Config;
 use crate::exit::{Exit, Failure, failure};
+use crate::send::outbox::{self, Channels};
 use crate::serve::NodeState;
 
 /// Opens the results database.
@@ -59,12 +61,23 @@ pub(crate) async fn start(node: &Arc<NodeState>) -> Result<Deciding, Failure> {
         worker,
         quiet_time: config.quiet_time,
         limits: crate::series::Limits::default(),
-        enqueue: super::guarded(config.allow_demo_results, Box::new(|_, _| Ok(()))),
+        enqueue: enqueue(node.config.clone()),
         changed: node.changed.clone(),
         counters: Arc::clone(&node.counters),
         now_ms: super::now_ms,
     })
     .map_err(failure(Exit::Unavailable))
+}
+
+/// Into the outbox goes what may leave, over the channels that are configured at that moment.
+fn enqueue(config: watch::Receiver<Arc<Config>>) -> Box<Enqueue> {
+    Box::new(move |transaction, result| {
+        let channels = Channels::configured(&config.borrow());
+        if result.may_leave(channels.allow_demo_results) {
+            outbox::enqueue(transaction, result, &channels)?;
+        }
+        Ok(())
+    })
 }
 
 /// The page only wants to know that something changed.

@@ -164,7 +164,7 @@ pub(crate) type Enqueue = dyn Fn(&WriteTransaction, &StudyResult) -> Result<(), 
 
 /// The store.
 pub(crate) struct Store {
-    database: Database,
+    database: Arc<Database>,
 }
 
 impl std::fmt::Debug for Store {
@@ -203,12 +203,14 @@ impl Store {
             transaction.open_table(UNASSIGNED)?;
         }
         transaction.commit()?;
-        Ok(Arc::new(Self { database }))
+        Ok(Arc::new(Self {
+            database: Arc::new(database),
+        }))
     }
 
     /// The database, for the tables of others.
-    pub(crate) fn database(&self) -> &Database {
-        &self.database
+    pub(crate) fn database(&self) -> Arc<Database> {
+        Arc::clone(&self.database)
     }
 
     /// The last sequence of the spool up to which everything is decided.

@@ -16,7 +16,7 @@ use super::decider::{Decider, Network, Parts};
 use super::handoff::Handoff;
 use super::store::{Store, StoreError};
 use super::studies::Judge;
-use super::{Item, Part, guarded};
+use super::{Item, Part};
 use crate::result::{Attempt, Element, ModelIdentity, Outcome, State, StudyResult};
 use crate::series::Limits;
 use crate::supervisor::Tensor;
@@ -131,13 +131,12 @@ impl Bench {
             },
             quiet_time,
             arrivals: Arc::new(Arrivals::new(0, Instant::now())),
-            enqueue: guarded(
-                false,
-                Box::new(move |_, result| {
+            enqueue: Box::new(move |_, result| {
+                if result.may_leave(false) {
                     said.lock().unwrap().push(result.clone());
-                    Ok(())
-                }),
-            ),
+                }
+                Ok(())
+            }),
             changed: broadcast::Sender::new(8),
             finished: Box::new(|_| {}),
             counters: Arc::new(Counters::default()),

@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 
 use super::identity;
 use super::structured_report::{Predecessor, is_reported};
+use crate::config::Config;
 use crate::result::{Outcome, State, StudyResult};
 
 /// Letters looked at in one go; the rest waits for the next.
@@ -85,6 +86,25 @@ pub(crate) struct Channels {
     pub(crate) open: Vec<Channel>,
     /// Whether results of a demonstration model may leave for studies of patients.
     pub(crate) allow_demo_results: bool,
+}
+
+impl Channels {
+    /// The channels of a configuration.
+    pub(crate) fn configured(config: &Config) -> Self {
+        let pacs = config.pacs.as_ref();
+        let has_captures = pacs.is_some_and(|pacs| pacs.secondary_capture);
+        let is_open = |channel: &Channel| match channel {
+            Channel::StructuredReport => pacs.is_some(),
+            Channel::SecondaryCapture => has_captures,
+            Channel::Webhook => config.webhook.is_some(),
+            Channel::Hl7 => config.hl7.is_some(),
+            Channel::Stow => config.stow.is_some(),
+        };
+        Self {
+            open: Channel::ALL.into_iter().filter(is_open).collect(),
+            allow_demo_results: config.allow_demo_results,
+        }
+    }
 }
 
 /// One message to one receiver.
