@@ -30,10 +30,14 @@ pub enum Method {
     Mse,
     /// Least relative entropy between the values' distribution and the quantized one (Migacz, "8-bit inference with TensorRT", 2017).
     Entropy,
+    /// The range that the weights were trained with.
+    #[value(skip)]
+    Trained,
 }
 
 /// A closed interval that holds 0.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Range {
     /// At most 0.
     pub low: f32,

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use shared::RESEARCH_USE;
 
-use crate::architecture::{ARCHITECTURES, Architecture, Family};
+use crate::architecture::{ARCHITECTURES, Architecture, Family, Published};
 use crate::backbone::backbone;
 use crate::bootstrap::{Interval, intervals};
 use crate::cache::{Cache, write_atomically};
@@ -247,6 +247,20 @@ fn majority(args: &CompareArgs, cache: &Cache) -> BTreeMap<String, Interval> {
     names.zip(figures).collect()
 }
 
+/// The recall of the class that the publication does not call positive, from its accuracy a, recall r and precision p: with n negatives for each
+/// positive, r (1 - p) / p of them are false positives, and a (1 + n) = r + n - r (1 - p) / p. NaN where nothing was called positive.
+fn other_recall(published: &Published) -> f64 {
+    let Published {
+        accuracy,
+        recall,
+        precision,
+        ..
+    } = *published;
+    let n_false = recall * (1.0 - precision) / precision;
+    let n_negative = (accuracy - recall + n_false) / (1.0 - accuracy);
+    1.0 - n_false / n_negative
+}
+
 fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Compared)]) -> String {
     let mut text = format!(
         "# The publication's table with ours beside it\n\n**{RESEARCH_USE}**\n\n{}; width {}, seed {}; test part, balanced sample, probability 0.5 \
@@ -259,15 +273,28 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
         _ = writeln!(text, "> {warning}\n");
     }
     text.push_str(
-        "| # | system | published accuracy | published recall, as printed | published precision, as printed | published F1 | ours: accuracy | ours: sensitivity | ours: specificity | ours: precision | ours: F1 | ours: AUROC | ours: AUROC of studies |\n\
-         |---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
+        "| # | system | published accuracy | published recall, as printed | published recall of the other class | published precision, as printed | published F1 | ours: accuracy | ours: sensitivity | ours: specificity | ours: precision | ours: F1 | ours: AUROC | ours: AUROC of studies |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (system, row) in rows {
         let published = system.published.map_or_else(
-            || ["-"; 4].map(str::to_owned),
+            || ["-"; 5].map(str::to_owned),
             |found| {
-                [found.accuracy, found.recall, found.precision, found.f1]
-                    .map(|value| format!("{value:.3}"))
+                let other = other_recall(&found);
+                [
+                    found.accuracy,
+                    found.recall,
+                    other,
+                    found.precision,
+                    found.f1,
+                ]
+                .map(|value| {
+                    if value.is_finite() {
+                        format!("{value:.3}")
+                    } else {
+                        "-".into()
+                    }
+                })
             },
         );
         // Writing to a String does not fail.
@@ -313,8 +340,8 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
     text.push_str(
         "\nThe published recall in both readings: as printed it is the sensitivity for what the publication calls positive. Its positive is column 0 of \
          the folders `no_pe`, `pe_present`, so it is *no PE* (inferred from the folder names): read so, the printed recall is the specificity for embolus, to be compared \
-         with our specificity. For the final model the confusion matrix 2207 / 283 / 137 / 2373 then gives a sensitivity for embolus of 2207/2490 = 0.886 and a \
-         specificity of 0.945. The publication split by image: slices of one patient stood on both sides.\n",
+         with our specificity, and the recall of the other class, which follows from the printed figures to about 0.01, with our sensitivity. For the final model the \
+         confusion matrix 2207 / 283 / 137 / 2373 then gives a sensitivity for embolus of 2207/2490 = 0.886 and a specificity of 0.945. The publication split by image: slices of one patient stood on both sides.\n",
     );
     text
 }
@@ -322,6 +349,15 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn recall_of_the_other_class_follows_from_the_printed_figures() {
+        let published = |name| crate::architecture::find(name).unwrap().published.unwrap();
+        // Of the confusion matrix 2207 / 283 / 137 / 2373.
+        let found = other_recall(&published("final"));
+        assert!((found - 2207.0 / 2490.0).abs() < 0.005, "{found}");
+        assert!(other_recall(&published("baseline")).is_nan());
+    }
 
     #[test]
     fn without_names_every_row_is_compared_and_a_wrong_name_is_refused() {

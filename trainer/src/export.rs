@@ -470,6 +470,15 @@ fn random_transfer(
     }
     let shape = (SETTLING_IMAGES, CHANNELS, SIDE, SIDE);
     network.settle(&Tensor::from_vec(images, shape, &Device::Cpu)?)?;
+    weights_of(&network)
+}
+
+/// The weights of a network, by name.
+///
+/// # Errors
+///
+/// Where a tensor cannot be read.
+pub fn weights_of(network: &Network) -> Result<Weights, NetworkError> {
     let mut weights = Weights::new();
     for parameter in network.parameters() {
         let weight = Weight {

@@ -1,6 +1,6 @@
 //! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, train, checkpoint, metrics,
-//! bootstrap, export, quantize, verify, report.
+//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, train, quantization_aware, checkpoint,
+//! metrics, bootstrap, export, quantize, verify, report.
 
 pub mod architecture;
 pub mod backbone;
@@ -32,6 +32,7 @@ pub mod plots;
 pub mod predict;
 pub mod prepare;
 pub mod progress;
+pub mod quantization_aware;
 pub mod quantize;
 pub mod random;
 pub mod report;

@@ -16,6 +16,7 @@ use crate::checkpoint::write_atomically;
 use crate::initialise::glorot_uniform;
 use crate::operators::convolution::ConvolutionReluPool;
 use crate::operators::dense::{Dense, Flatten};
+use crate::quantization_aware::{Scales, TrainedRanges};
 use crate::transfer::{self, First};
 
 /// Why a network was not built, run, loaded or saved.
@@ -28,6 +29,9 @@ pub enum NetworkError {
     /// A network without backbone was asked for features.
     #[error("`{0}` has no backbone")]
     NoBackbone(String),
+    /// The int8 graph has no form for it.
+    #[error("`{0}` is no chain of layers: the int8 graph does not take it")]
+    NotQuantized(String),
     /// The weights file lacks something or has another shape.
     #[error("weights file {path}: {fault}")]
     Weights {
@@ -69,6 +73,8 @@ pub struct Network {
     device: Device,
     parameters: Vec<Parameter>,
     body: Body,
+    /// What the forward pass rounds to, where it computes as the int8 graph does.
+    scales: Option<Scales>,
 }
 
 /// What the images go through.
@@ -184,6 +190,7 @@ impl Network {
             device: device.clone(),
             parameters,
             body,
+            scales: None,
         })
     }
 
@@ -391,18 +398,53 @@ impl Network {
         n_convolutions: usize,
     ) -> Result<Tensor, NetworkError> {
         let mut map = images.clone();
-        let mut parameters = self.parameters.chunks_exact(2);
+        let mut layers = self.parameters.chunks_exact(2).enumerate();
         let mut n_channels = 0;
-        for (index, layer) in parameters.by_ref().take(n_convolutions).enumerate() {
-            let (weight, bias) = (&layer[0].variable, &layer[1].variable);
-            map = map.apply_op3(weight, bias, ConvolutionReluPool::new(index > 0))?;
+        for (index, layer) in layers.by_ref().take(n_convolutions) {
+            let (weight, bias) = self.layer(index, layer)?;
+            // Rounding is monotonic, so that it may follow the pool, where the int8 graph has it before and after.
+            map = map.apply_op3(&weight, &bias, ConvolutionReluPool::new(index > 0))?;
+            map = self.activation(index, map)?;
             n_channels = weight.dim(0)?;
         }
         let mut flat = map.apply_op1(Flatten { n_channels })?;
-        for (layer, has_relu) in parameters.zip([true, false]) {
-            flat = flat.apply_op3(&layer[0].variable, &layer[1].variable, Dense { has_relu })?;
+        for ((index, layer), has_relu) in layers.zip([true, false]) {
+            let (weight, bias) = self.layer(index, layer)?;
+            flat = flat.apply_op3(&weight, &bias, Dense { has_relu })?;
+            flat = self.activation(index, flat)?;
         }
         Ok(flat)
+    }
+
+    /// Weight and bias of a layer, rounded where the network is quantized.
+    fn layer(&self, index: usize, layer: &[Parameter]) -> Result<(Tensor, Tensor), NetworkError> {
+        Ok(match &self.scales {
+            Some(scales) => scales.layer(index, layer)?,
+            None => (
+                layer[0].variable.as_tensor().clone(),
+                layer[1].variable.as_tensor().clone(),
+            ),
+        })
+    }
+
+    /// A layer's output, rounded where the network is quantized.
+    fn activation(&self, index: usize, map: Tensor) -> Result<Tensor, NetworkError> {
+        Ok(match &self.scales {
+            Some(scales) => scales.activation(index, &map)?,
+            None => map,
+        })
+    }
+
+    /// From now on the forward pass computes what the int8 file of these weights and `ranges` computes. The weights stay f32.
+    ///
+    /// # Errors
+    /// A transfer learner, which the int8 graph does not take; an activation without range.
+    pub fn quantize(&mut self, ranges: &TrainedRanges) -> Result<(), NetworkError> {
+        let Body::Convolutional { n_convolutions } = self.body else {
+            return Err(NetworkError::NotQuantized(self.architecture.name.into()));
+        };
+        self.scales = Some(Scales::new(ranges, n_convolutions + 1)?);
+        Ok(())
     }
 
     /// The weights in the order the data meets them.

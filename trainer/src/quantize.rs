@@ -27,6 +27,7 @@ use crate::index::Part;
 use crate::onnx::{
     self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
+use crate::quantization_aware::{self, TrainedRanges};
 
 /// Key in the manifest's `tools` of a file whose channels were equalised: its tensors differ from the f32 file's by a factor a channel.
 pub const EQUALISED: &str = "equalised";
@@ -228,6 +229,31 @@ pub fn quantize_model(
     Ok((quantized, report))
 }
 
+/// Quantizes `model`, whose weights were trained with `ranges`: nothing is calibrated, equalised or corrected.
+///
+/// # Errors
+///
+/// As [`quantize_model`]; an activation without range.
+pub fn quantize_with(
+    model: &ModelProto,
+    ranges: &TrainedRanges,
+) -> Result<(ModelProto, QuantizeReport), QuantizeError> {
+    let plan = Plan::of(model.graph()?);
+    let of_leader = |name: &String| {
+        let range = ranges
+            .get(name)
+            .ok_or_else(|| QuantizeError::Unobserved { name: name.clone() })?;
+        Ok((name.clone(), (Method::Trained, *range, f64::NAN)))
+    };
+    let ranges: Ranges = plan
+        .leaders
+        .iter()
+        .map(of_leader)
+        .collect::<Result<_, QuantizeError>>()?;
+    let quantized = emit(model, &plan, &ranges, Profile::Standard)?;
+    Ok((quantized, report(0, 0, false, false, &ranges, &plan)))
+}
+
 fn report(
     n_calibration: usize,
     n_selection: usize,
@@ -376,6 +402,11 @@ impl Parameters {
                 * self.scale;
         }
     }
+}
+
+/// What one integer step of an activation of that range stands for.
+pub(crate) fn activation_scale(range: Range) -> f32 {
+    Parameters::of(range).scale
 }
 
 /// Symmetric s8: value = integer x scale.
@@ -1114,7 +1145,7 @@ fn to_s8(value: f32, scale: f32) -> i8 {
 }
 
 /// Integers of one layer.
-struct QuantizedLayer {
+pub(crate) struct QuantizedLayer {
     weights: Vec<i8>,
     scales: Vec<f32>,
     bias: Vec<i32>,
@@ -1123,7 +1154,7 @@ struct QuantizedLayer {
 impl QuantizedLayer {
     /// Quantizes `weights [output, inputs]`; a scale is doubled until no accumulator can overflow. The error is the channel for which
     /// that does not help.
-    fn of(
+    pub(crate) fn of(
         weights: &[f32],
         bias: &[f32],
         input_scale: f32,
@@ -1171,6 +1202,27 @@ impl QuantizedLayer {
     }
 }
 
+impl QuantizedLayer {
+    /// What the integers stand for: weights and biases.
+    pub(crate) fn values(&self, input_scale: f32) -> (Vec<f32>, Vec<f32>) {
+        let n_groups = self.scales.len().max(1);
+        let of_weights = self.weights.chunks((self.weights.len() / n_groups).max(1));
+        let weights = of_weights
+            .zip(&self.scales)
+            .flat_map(|(weights, scale)| weights.iter().map(move |&w| f32::from(w) * scale));
+        let of_biases = self.bias.chunks((self.bias.len() / n_groups).max(1));
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a bias beyond 2^24 loses bits that f32 sums lose anyway"
+        )]
+        let biases = of_biases.zip(&self.scales).flat_map(|(biases, scale)| {
+            let scale = input_scale * scale;
+            biases.iter().map(move |&bias| bias as f32 * scale)
+        });
+        (weights.collect(), biases.collect())
+    }
+}
+
 /// The bias as integer at `scale`; `None` where it leaves i32.
 fn to_i32(value: f32, scale: f32) -> Option<i32> {
     let integer = (f64::from(value) / f64::from(scale)).round_ties_even();
@@ -1192,6 +1244,9 @@ pub struct QuantizeArgs {
     /// The f32 file of `trainer export`.
     #[arg(long)]
     pub model: PathBuf,
+    /// `ranges.json` of a run that was trained with `--qat`: nothing else is calibrated.
+    #[arg(long, conflicts_with_all = ["data", "method", "profile"])]
+    pub ranges: Option<PathBuf>,
     /// Cache whose training part calibrates; without it the self-test's images do, which is good enough for random weights alone.
     #[arg(long)]
     pub data: Option<PathBuf>,
@@ -1250,9 +1305,10 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
     };
     let float =
         std::fs::read(&args.model).with_context(|| format!("reading {}", args.model.display()))?;
-    let (bytes, report) = match &args.data {
-        Some(folder) => quantize(&float, &Cache::open(folder)?, &options)?,
-        None => {
+    let (bytes, report) = match (&args.ranges, &args.data) {
+        (Some(path), _) => quantize_trained(&float, &quantization_aware::read(path)?)?,
+        (None, Some(folder)) => quantize(&float, &Cache::open(folder)?, &options)?,
+        (None, None) => {
             let images = self_test_images(options.n_calibration.min(16));
             let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
             quantize_file(&float, &images, &options)?
@@ -1321,6 +1377,30 @@ pub fn quantize_file(
     images: &[&[u8]],
     options: &Options,
 ) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
+    quantize_bytes(float, options.profile, |model| {
+        quantize_model(model, images, options, &|| {})
+    })
+}
+
+/// The same with the ranges that the weights were trained with, as [`quantize_with`].
+///
+/// # Errors
+///
+/// As [`quantize`].
+pub fn quantize_trained(
+    float: &[u8],
+    ranges: &TrainedRanges,
+) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
+    quantize_bytes(float, Profile::Standard, |model| {
+        quantize_with(model, ranges)
+    })
+}
+
+fn quantize_bytes(
+    float: &[u8],
+    profile: Profile,
+    quantize: impl FnOnce(&ModelProto) -> Result<(ModelProto, QuantizeReport), QuantizeError>,
+) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
     let model = onnx::read(float)?;
     let manifest = Manifest::from_json(
         model
@@ -1331,7 +1411,7 @@ pub fn quantize_file(
         manifest.precision == Precision::Float32,
         "the file is quantized already"
     );
-    if options.profile == Profile::Standard
+    if profile == Profile::Standard
         && let Some(node) = branch(model.graph()?)
     {
         return Err(fault(
@@ -1343,7 +1423,7 @@ pub fn quantize_file(
             ),
         ));
     }
-    let (mut quantized, report) = quantize_model(&model, images, options, &|| {})?;
+    let (mut quantized, report) = quantize(&model)?;
     drop(model);
     let mut manifest = Manifest {
         precision: Precision::Int8,
@@ -1363,13 +1443,13 @@ pub fn quantize_file(
             .tools
             .insert(EQUALISED.to_owned(), "true".to_owned());
     }
-    if options.profile == Profile::Tensorrt {
+    if profile == Profile::Tensorrt {
         manifest
             .tools
             .insert("profile".to_owned(), "tensorrt".to_owned());
     }
     quantized.set_metadata(METADATA_KEY, manifest.to_json());
-    if options.profile == Profile::Standard {
+    if profile == Profile::Standard {
         manifest.self_test = self_test(&onnx::write(&quantized)?)?;
         quantized.set_metadata(METADATA_KEY, manifest.to_json());
     }

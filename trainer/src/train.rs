@@ -33,6 +33,7 @@ use crate::interrupt;
 use crate::network::Network;
 use crate::operators::loss::BinaryCrossEntropy;
 use crate::operators::optimiser::{AdamStep, Moments, SgdStep};
+use crate::quantization_aware;
 use crate::split::{LEAK_WARNING, SplitBy};
 
 /// Keras' default learning rate of SGD.
@@ -103,6 +104,8 @@ pub struct TrainOptions {
     pub random_init: bool,
     /// The rows of each step; overrides split, sampling and epochs.
     pub order: Option<PathBuf>,
+    /// How many of the last epochs compute as the int8 graph does.
+    pub qat_epochs: u32,
     /// Whether to continue the run in the folder, where there is one.
     #[serde(skip)]
     pub resume: bool,
@@ -127,6 +130,7 @@ impl Default for TrainOptions {
             init: None,
             random_init: false,
             order: None,
+            qat_epochs: 0,
             resume: false,
         }
     }
@@ -225,6 +229,12 @@ pub struct TrainArgs {
     /// The cache rows of each step, one line a step; overrides split, sampling and epochs
     #[arg(long, value_name = "FILE")]
     pub order: Option<PathBuf>,
+    /// Compute as the int8 graph does in the last epochs (quantization-aware fine-tuning); writes ranges.json for `trainer quantize --ranges`
+    #[arg(long, conflicts_with = "order")]
+    pub qat: bool,
+    /// How many epochs that are
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "qat", value_parser = clap::value_parser!(u32).range(1..))]
+    pub qat_epochs: u32,
     /// Continue the run in the folder where there is one
     #[arg(long)]
     pub resume: bool,
@@ -252,6 +262,7 @@ impl TrainArgs {
             init: self.init.clone(),
             random_init: self.random_init,
             order: self.order.clone(),
+            qat_epochs: if self.qat { self.qat_epochs } else { 0 },
             resume: self.resume,
         }
     }
@@ -392,6 +403,12 @@ fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
         return Err(usage(format!(
             "width {} is not above 0 and at most 4",
             options.width
+        )));
+    }
+    if options.qat_epochs > 0 && architecture.family != Family::Convolutional {
+        return Err(usage(format!(
+            "`{}` is no chain of layers: the int8 graph does not take it, so there is nothing to train for with --qat",
+            architecture.name
         )));
     }
     if !(1..=4096).contains(&options.batch) {
@@ -586,6 +603,7 @@ impl Run<'_> {
         let begin = Instant::now();
         while self.position.epoch < self.plan.n_epochs && !self.has_stalled() {
             let epoch_begin = Instant::now();
+            self.quantize_where_due()?;
             let is_whole = self.epoch(stop)?;
             if !is_whole {
                 self.save()?;
@@ -596,6 +614,21 @@ impl Run<'_> {
         }
         self.watch.total += begin.elapsed();
         Ok(false)
+    }
+
+    /// Makes the network compute as the int8 graph does where the epoch is one of the last `qat_epochs`. Ranges are found once, before the first of them.
+    fn quantize_where_due(&mut self) -> Result<()> {
+        let first = self.plan.n_epochs.saturating_sub(self.options.qat_epochs);
+        if self.options.qat_epochs == 0 || self.position.epoch < first {
+            return Ok(());
+        }
+        let is_begun = self.position.epoch > first || self.position.step_in_epoch > 0;
+        let ranges = if is_begun {
+            quantization_aware::read(&self.out.join(quantization_aware::FILE_NAME))?
+        } else {
+            quantization_aware::calibrate(&self.network, self.cache, self.out)?
+        };
+        Ok(self.network.quantize(&ranges)?)
     }
 
     /// Whether early stopping ends the run here.

@@ -3,8 +3,9 @@
 //! 1. [`convolution`]: 3x3 valid convolution + bias + ReLU + 2x2 max pool as one operator;
 //! 2. [`dense`]: rearranging the last feature map into channel, row, column order, and dense layers;
 //! 3. [`spatial`]: the transfer learners' convolutions, pools and sums, of any window;
-//! 4. [`loss`]: binary cross-entropy on logits;
-//! 5. [`optimiser`]: Keras' Adam and SGD, in place.
+//! 4. [`straight_through`]: rounding to what the int8 graph can say, for its last epochs;
+//! 5. [`loss`]: binary cross-entropy on logits;
+//! 6. [`optimiser`]: Keras' Adam and SGD, in place.
 //!
 //! candle's own operators are not used for these because they are slow on the CPU and because some are wrong: the
 //! gradient of its max pool, of ReLU at 0, and its cross-entropy from |logit| = 17 on.
@@ -19,6 +20,7 @@ pub mod dense;
 pub mod loss;
 pub mod optimiser;
 pub mod spatial;
+pub mod straight_through;
 mod vector;
 
 use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
