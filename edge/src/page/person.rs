@@ -57,6 +57,11 @@ impl Person {
     }
 }
 
+/// One attribute as text, empty where it is not there; at most [`MAX_SHOWN`] characters.
+pub(crate) fn attribute(patient: &Patient, tag: (u16, u16)) -> String {
+    text(patient, tag, &codec(patient))
+}
+
 fn value(patient: &Patient, tag: (u16, u16)) -> &[u8] {
     let found = patient.elements.iter().find(|element| element.tag == tag);
     found.map_or(&[], |element| &element.value)

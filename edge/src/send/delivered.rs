@@ -27,23 +27,17 @@ const PLAIN: &str = Class::Comprehensive.uid();
 const BOTH: &[&str] = &[THREE_D, PLAIN];
 
 /// A node's outbox and sender over a database in a folder.
-struct Node {
+pub(super) struct Node {
     database: Arc<Database>,
-    outbox: Arc<Outbox>,
+    pub(super) outbox: Arc<Outbox>,
     delivery: Arc<Delivery>,
+    channels: Channels,
     ends: Arc<Mutex<Vec<End>>>,
     task: JoinHandle<()>,
     _stop: watch::Sender<bool>,
 }
 
-fn channels() -> Channels {
-    Channels {
-        open: vec![Channel::StructuredReport],
-        allow_demo_results: false,
-    }
-}
-
-fn impatient() -> Patience {
+pub(super) fn impatient() -> Patience {
     Patience {
         first: Duration::from_millis(20),
         longest: Duration::from_millis(80),
@@ -54,6 +48,16 @@ fn impatient() -> Patience {
 fn ways(pacs: Pacs, patience: Patience) -> Ways {
     Ways {
         pacs: Some(pacs),
+        ..no_ways(patience)
+    }
+}
+
+pub(super) fn no_ways(patience: Patience) -> Ways {
+    Ways {
+        pacs: None,
+        webhook: None,
+        hl7: None,
+        stow: None,
         device: Device::sample(),
         patience,
     }
@@ -61,18 +65,23 @@ fn ways(pacs: Pacs, patience: Patience) -> Ways {
 
 impl Node {
     fn start(database: &Path, pacs: Pacs, patience: Patience) -> Self {
+        Self::start_with(database, ways(pacs, patience))
+    }
+
+    pub(super) fn start_with(database: &Path, ways: Ways) -> Self {
         let database = Arc::new(Database::create(database).unwrap());
         let outbox = Arc::new(Outbox::open(Arc::clone(&database)).unwrap());
         let ends: Arc<Mutex<Vec<End>>> = Arc::default();
         let seen = Arc::clone(&ends);
         let delivery = Delivery::new(
             Arc::clone(&outbox),
-            ways(pacs, patience),
+            ways.clone(),
             Box::new(|_| Err("no captures here".to_owned())),
             Box::new(move |_, end| seen.lock().unwrap().push(end)),
         );
         let (stop, stopped) = watch::channel(false);
         Self {
+            channels: ways.channels(false),
             database,
             outbox,
             ends,
@@ -82,15 +91,15 @@ impl Node {
         }
     }
 
-    fn decide(&self, result: &StudyResult) {
+    pub(super) fn decide(&self, result: &StudyResult) {
         let transaction = self.database.begin_write().unwrap();
-        enqueue(&transaction, result, &channels()).unwrap();
+        enqueue(&transaction, result, &self.channels).unwrap();
         transaction.commit().unwrap();
         self.outbox.bell.notify_waiters();
     }
 
     /// Waits until nothing waits.
-    async fn settled(&self) -> Counts {
+    pub(super) async fn settled(&self) -> Counts {
         for _ in 0..3000 {
             let counts = self.outbox.counts().unwrap();
             if counts.waiting == 0 {
@@ -102,7 +111,7 @@ impl Node {
     }
 }
 
-fn folder() -> (TempDir, PathBuf) {
+pub(super) fn folder() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let database = folder.path().join("results.redb");
     (folder, database)

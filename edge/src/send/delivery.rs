@@ -13,9 +13,12 @@ use tokio::time::Instant;
 use super::association::{Association, AssociationError};
 use super::back_off::{BackOff, Patience};
 use super::equipment::Device;
+use super::hl7::Hl7;
 use super::letter::{self, Capture};
-use super::outbox::{Channel, Letter, Outbox, OutboxError};
-use super::pacs::{Answer, Pacs, judge};
+use super::outbox::{Channel, Channels, Letter, Outbox, OutboxError};
+use super::pacs::{self, Pacs};
+use super::stow::Stow;
+use super::webhook::Webhook;
 
 /// How often a receiver's task looks into the outbox unasked.
 const IDLE: Duration = Duration::from_secs(30);
@@ -49,10 +52,33 @@ pub(crate) enum Verdict {
 pub(crate) struct Ways {
     /// The PACS.
     pub(crate) pacs: Option<Pacs>,
+    /// Signed JSON.
+    pub(crate) webhook: Option<Webhook>,
+    /// HL7.
+    pub(crate) hl7: Option<Hl7>,
+    /// STOW-RS.
+    pub(crate) stow: Option<Stow>,
     /// This node.
     pub(crate) device: Device,
     /// Back-off and deadlines.
     pub(crate) patience: Patience,
+}
+
+impl Ways {
+    /// The channels that are open with these receivers.
+    pub(crate) fn channels(&self, allow_demo_results: bool) -> Channels {
+        let is_open = |channel: &Channel| match channel {
+            Channel::StructuredReport => self.pacs.is_some(),
+            Channel::SecondaryCapture => self.pacs.as_ref().is_some_and(|pacs| pacs.has_captures),
+            Channel::Webhook => self.webhook.is_some(),
+            Channel::Hl7 => self.hl7.is_some(),
+            Channel::Stow => self.stow.is_some(),
+        };
+        Channels {
+            open: Channel::ALL.into_iter().filter(is_open).collect(),
+            allow_demo_results,
+        }
+    }
 }
 
 /// Told of every attempt: for metrics and audit.
@@ -78,14 +104,20 @@ impl std::fmt::Debug for Delivery {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Receiver {
     Pacs,
+    Webhook,
+    Hl7,
+    Stow,
 }
 
 impl Receiver {
-    const ALL: [Self; 1] = [Self::Pacs];
+    const ALL: [Self; 4] = [Self::Pacs, Self::Webhook, Self::Hl7, Self::Stow];
 
     fn channels(self) -> &'static [Channel] {
         match self {
             Self::Pacs => &[Channel::StructuredReport, Channel::SecondaryCapture],
+            Self::Webhook => &[Channel::Webhook],
+            Self::Hl7 => &[Channel::Hl7],
+            Self::Stow => &[Channel::Stow],
         }
     }
 }
@@ -172,7 +204,8 @@ impl Delivery {
         }
         match (receiver, &ways.pacs) {
             (Receiver::Pacs, Some(pacs)) => self.to_pacs(&ways, pacs, due, back_off).await?,
-            _ => return Ok(IDLE),
+            (Receiver::Pacs, None) => return Ok(IDLE),
+            _ => self.to_one_after_another(&ways, due, back_off).await?,
         }
         // A letter that was held back by one that is through now, or one that failed just now.
         Ok(Duration::from_millis(1))
@@ -204,8 +237,12 @@ impl Delivery {
                 return Ok(());
             }
         };
-        for (sequence, letter) in due {
-            let (letter, verdict) = self.store(&mut association, ways, sequence, letter).await?;
+        for (sequence, mut letter) in due {
+            let classes = Pacs::classes(letter.channel);
+            let mut line = Line::Association(&mut association);
+            let verdict = self
+                .in_classes(ways, sequence, &mut letter, classes, &mut line)
+                .await?;
             let is_down = matches!(verdict, Verdict::Down(_));
             self.settle(sequence, letter, verdict, ways, back_off)
                 .await?;
@@ -219,51 +256,61 @@ impl Delivery {
         Ok(())
     }
 
-    /// One letter by C-STORE, in the class it was frozen in, or in the next that the PACS takes.
-    async fn store(
+    /// Letters to a receiver that gets each by itself.
+    async fn to_one_after_another(
         &self,
-        association: &mut Association,
         ways: &Ways,
-        sequence: u64,
-        mut letter: Letter,
-    ) -> Result<(Letter, Verdict), OutboxError> {
-        let classes = Pacs::classes(letter.channel);
-        let frozen_as = letter.document.as_ref().and_then(|document| {
-            let is_same = |class: &&&str| **class == document.sop_class_uid;
-            classes.iter().position(|class| is_same(&class))
-        });
-        let mut why = "presentation context rejected".to_owned();
-        for class in classes.iter().skip(frozen_as.unwrap_or(0)) {
-            if !association.takes(class) {
-                continue;
-            }
-            let bytes = match self.frozen(ways, sequence, &mut letter, class).await? {
-                Ok(bytes) => bytes,
-                Err(reason) => return Ok((letter, Verdict::Refused(reason))),
+        due: Vec<(u64, Letter)>,
+        back_off: &mut BackOff,
+    ) -> Result<(), OutboxError> {
+        for (sequence, mut letter) in due {
+            let classes = match letter.channel {
+                Channel::Stow => Pacs::classes(Channel::StructuredReport),
+                _ => &[""],
             };
-            let uid = letter
-                .document
-                .as_ref()
-                .map(|document| document.sop_instance_uid.clone());
-            let uid = uid.as_ref().map_or("", |uid| uid.as_str());
-            let status = association
-                .store(class, uid, &bytes, ways.patience.deadline)
-                .await;
-            let status = match status {
-                Ok(status) => status,
-                Err(error) => return Ok((letter, Verdict::Down(error.to_string()))),
-            };
-            why = format!("C-STORE status {status:04X}H");
-            match judge(status) {
-                Answer::Accepted(remark) => {
-                    let remark = remark.map(|remark| format!("{why}, {remark}"));
-                    return Ok((letter, Verdict::Accepted(remark)));
-                }
-                Answer::Later => return Ok((letter, Verdict::Later(why))),
-                Answer::Refused => {}
+            let verdict = self
+                .in_classes(ways, sequence, &mut letter, classes, &mut Line::Own)
+                .await?;
+            let is_down = matches!(verdict, Verdict::Down(_));
+            self.settle(sequence, letter, verdict, ways, back_off)
+                .await?;
+            if is_down {
+                return Ok(());
             }
         }
-        Ok((letter, Verdict::Refused(why)))
+        back_off.receiver_answered();
+        Ok(())
+    }
+
+    /// One letter in the class it was frozen in; where the receiver refuses that, in the next.
+    async fn in_classes(
+        &self,
+        ways: &Ways,
+        sequence: u64,
+        letter: &mut Letter,
+        classes: &[&str],
+        line: &mut Line<'_>,
+    ) -> Result<Verdict, OutboxError> {
+        let frozen_as = letter.document.as_ref().and_then(|document| {
+            let is_same = |class: &&str| *class == document.sop_class_uid;
+            classes.iter().position(is_same)
+        });
+        let mut verdict = Verdict::Refused("no class to send it in".to_owned());
+        for class in classes.iter().skip(frozen_as.unwrap_or(0)) {
+            if !line.takes(class) {
+                verdict = Verdict::Refused("presentation context rejected".to_owned());
+                continue;
+            }
+            let bytes = match self.frozen(ways, sequence, letter, class).await? {
+                Ok(bytes) => bytes,
+                Err(reason) => return Ok(Verdict::Refused(reason)),
+            };
+            verdict = line.send(ways, class, letter, bytes).await;
+            if !matches!(verdict, Verdict::Refused(_)) {
+                break;
+            }
+        }
+        Ok(verdict)
     }
 
     /// The bytes of a letter in a class, made and kept where they are not there yet; or why they cannot be made.
@@ -287,7 +334,7 @@ impl Delivery {
             .on_disk(move |outbox| Ok((outbox.result(sequence)?, outbox.predecessor(&asked)?)))
             .await?;
         let made = letter::make(
-            letter.channel,
+            letter,
             class,
             &result,
             ways,
@@ -361,6 +408,69 @@ impl Delivery {
             },
         }
     }
+}
+
+/// What a letter goes over.
+enum Line<'a> {
+    /// An association that is open.
+    Association(&'a mut Association),
+    /// A connection of its own.
+    Own,
+}
+
+impl Line<'_> {
+    fn takes(&self, class: &str) -> bool {
+        match self {
+            Self::Own => true,
+            Self::Association(association) => association.takes(class),
+        }
+    }
+
+    async fn send(&mut self, ways: &Ways, class: &str, letter: &Letter, bytes: Vec<u8>) -> Verdict {
+        let association = match self {
+            Self::Own => return send_one(ways, class, letter, bytes).await,
+            Self::Association(association) => association,
+        };
+        let uid = letter.instance_uid();
+        let deadline = ways.patience.deadline;
+        match association.store(class, uid, &bytes, deadline).await {
+            Ok(status) => pacs::verdict(status),
+            Err(error) => Verdict::Down(error.to_string()),
+        }
+    }
+}
+
+/// One letter by HTTP or MLLP.
+async fn send_one(ways: &Ways, class: &str, letter: &Letter, bytes: Vec<u8>) -> Verdict {
+    let deadline = ways.patience.deadline;
+    let key = letter.key.clone();
+    let blocking = match letter.channel {
+        Channel::Hl7 => {
+            return match &ways.hl7 {
+                Some(hl7) => hl7.send(&key, &bytes, deadline).await,
+                None => not_configured(),
+            };
+        }
+        Channel::Webhook => ways.webhook.clone().map(|webhook| {
+            tokio::task::spawn_blocking(move || webhook.send(&key, &bytes, deadline))
+        }),
+        Channel::Stow => ways.stow.clone().map(|stow| {
+            let (class, uid) = (class.to_owned(), letter.instance_uid().to_owned());
+            tokio::task::spawn_blocking(move || stow.send(&class, &uid, &bytes, deadline))
+        }),
+        Channel::StructuredReport | Channel::SecondaryCapture => None,
+    };
+    match blocking {
+        Some(task) => task
+            .await
+            .unwrap_or_else(|error| Verdict::Down(error.to_string())),
+        None => not_configured(),
+    }
+}
+
+/// The section went from the configuration while a letter waited: it waits on.
+fn not_configured() -> Verdict {
+    Verdict::Down("not configured any more".to_owned())
 }
 
 /// Unix time in ms; what is kept beside a letter, never what decides when it is sent.

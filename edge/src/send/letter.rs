@@ -3,8 +3,9 @@
 use super::data_set::Syntax;
 use super::delivery::Ways;
 use super::identity;
-use super::outbox::{Channel, Document};
+use super::outbox::{Channel, Document, Letter};
 use super::structured_report::{self, Class, Predecessor};
+use super::webhook;
 use crate::result::StudyResult;
 
 /// Draws the secondary capture of a result as a data set in Explicit VR Little Endian, or says why it cannot.
@@ -24,7 +25,7 @@ pub(crate) struct Made {
 /// # Errors
 /// Why it cannot be made.
 pub(crate) fn make(
-    channel: Channel,
+    letter: &Letter,
     sop_class_uid: &str,
     result: &StudyResult,
     ways: &Ways,
@@ -36,8 +37,9 @@ pub(crate) fn make(
         series_uid: identity::series_uid(result, modality),
         sop_instance_uid: identity::document_uid(result, sop_class_uid),
     };
-    match channel {
-        Channel::StructuredReport => {
+    let key = &letter.key;
+    match letter.channel {
+        Channel::StructuredReport | Channel::Stow => {
             let class = if sop_class_uid == Class::Comprehensive.uid() {
                 Class::Comprehensive
             } else {
@@ -54,6 +56,16 @@ pub(crate) fn make(
             document: Some(document("OT")),
             bytes: capture(result)?,
         }),
-        Channel::Webhook | Channel::Hl7 | Channel::Stow => Err("not configured".to_owned()),
+        Channel::Webhook => Ok(Made {
+            document: None,
+            bytes: webhook::body(result, key),
+        }),
+        Channel::Hl7 => {
+            let hl7 = ways.hl7.as_ref().ok_or("HL7 is not configured any more")?;
+            Ok(Made {
+                document: None,
+                bytes: hl7.message(result, key),
+            })
+        }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The stages in the order a result meets them: [`outbox`] keeps what is to be told, durably; [`delivery`] takes it from there, patiently
 //! ([`back_off`]); [`letter`] makes the bytes: a [`structured_report`] (its UID from [`identity`], whose and by what from [`equipment`], items from
-//! [`content`], encoded by [`data_set`]) or a [`secondary_capture`]; [`pacs`] and [`association`] are the way by C-STORE. [`export`] writes
+//! [`content`], encoded by [`data_set`]) or a [`secondary_capture`]; [`pacs`] and [`association`] are the way by C-STORE, [`webhook`] and
+//! [`stow`] by [`http`], [`hl7`] by MLLP. [`export`] writes
 //! documents as files.
 
 pub(crate) mod association;
@@ -14,6 +15,8 @@ mod delivered;
 pub(crate) mod delivery;
 pub(crate) mod equipment;
 pub(crate) mod export;
+pub(crate) mod hl7;
+pub(crate) mod http;
 pub(crate) mod identity;
 pub(crate) mod letter;
 pub(crate) mod outbox;
@@ -23,4 +26,8 @@ pub(crate) mod sample;
 #[cfg(test)]
 pub(crate) mod scripted_pacs;
 pub(crate) mod secondary_capture;
+pub(crate) mod stow;
 pub(crate) mod structured_report;
+#[cfg(test)]
+mod told;
+pub(crate) mod webhook;

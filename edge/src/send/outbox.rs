@@ -128,6 +128,14 @@ pub(crate) struct Letter {
     pub(crate) remark: Option<String>,
 }
 
+impl Letter {
+    /// SOP Instance UID of its object; empty where it is none.
+    pub(crate) fn instance_uid(&self) -> &str {
+        let document = self.document.as_ref();
+        document.map_or("", |document| document.sop_instance_uid.as_str())
+    }
+}
+
 /// A DICOM object of ours.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Document {

@@ -11,6 +11,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::ClientConfig;
 
 use super::association::{Association, AssociationError, Proposal, Stream};
+use super::delivery::Verdict;
 use super::outbox::Channel;
 use super::secondary_capture;
 use super::structured_report::Class;
@@ -55,6 +56,18 @@ pub(crate) fn judge(status: u16) -> Answer {
         // Out of resources; processing failure, which servers give for a full disk or a database that is down.
         0xA700..=0xA7FF | 0x0110 => Answer::Later,
         _ => Answer::Refused,
+    }
+}
+
+/// What a status means for the letter that it answers.
+pub(crate) fn verdict(status: u16) -> Verdict {
+    let said = format!("C-STORE status {status:04X}H");
+    match judge(status) {
+        Answer::Accepted(remark) => {
+            Verdict::Accepted(remark.map(|remark| format!("{said}, {remark}")))
+        }
+        Answer::Later => Verdict::Later(said),
+        Answer::Refused => Verdict::Refused(said),
     }
 }
 

@@ -75,7 +75,7 @@ impl ScriptedPacs {
             host: "127.0.0.1".to_owned(),
             port: self.port,
             tls: None,
-            has_captures: true,
+            has_captures: false,
         }
     }
 

@@ -303,7 +303,7 @@ pub(crate) fn words(result: &StudyResult) -> String {
     };
     if result.n_not_analysed() > 0 {
         let left = result.n_not_analysed();
-        words.push_str(&format!(" {left} slices could not be analysed."));
+        words.push_str(&format!(" {left} could not be analysed."));
     }
     for remark in &result.remarks {
         words.push(' ');
