@@ -21,7 +21,7 @@ use crate::decide::store::Store;
 use crate::decide::{self, Changed, ModelState};
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::spool::{Spool, SpoolError, SpoolLimits};
-use crate::intake::{Intake, Listener};
+use crate::intake::{Intake, Listener, retention, tls, watch_folder};
 use crate::operate::metrics::Metrics;
 use crate::{operate, page};
 
@@ -82,7 +82,7 @@ pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
 /// # Errors
 /// `Configuration` for faults of the file.
 pub(crate) fn check(arguments: &ServeArgs, out: &mut impl Write) -> Result<Exit, Failure> {
-    load(arguments.config.as_deref())?;
+    load_tls(&load(arguments.config.as_deref())?)?;
     writeln!(out, "no faults").map_err(failure(Exit::CannotWrite))?;
     Ok(Exit::Ok)
 }
@@ -118,7 +118,8 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let (page_listener, page_settings) = page_listener(&config).await?;
     let (reload, config) = watch::channel(Arc::new(config));
     let (stop, stopping) = watch::channel(false);
-    let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone()));
+    let (tls, identity) = watch::channel(load_tls(&config.borrow())?);
+    let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone(), identity));
     let node = Arc::new(NodeState {
         spool,
         config,
@@ -133,6 +134,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         page_changed: broadcast::channel(PAGE_CHANGES).0,
     });
     let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
+    start_retention_and_folder(&node);
     let router = page::routes::router(page::node::sources(&node), page_settings);
     tokio::spawn(page::server::run(
         page_listener,
@@ -150,7 +152,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         match signals.next().await {
             Asked::Reload => {
                 operate::systemd::reloading();
-                reload_config(path.as_deref(), &reload, &node);
+                reload_config(path.as_deref(), &reload, &tls, &node);
                 operate::systemd::ready(&format!("listening on {dicom_address}"));
             }
             Asked::Stop => break,
@@ -168,6 +170,24 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let counts = node.spool.counts();
     tracing::info!(objects = counts.objects, "stopped");
     Ok(Exit::Ok)
+}
+
+/// Starts what deletes, and what takes files.
+fn start_retention_and_folder(node: &Arc<NodeState>) {
+    tokio::spawn(retention::run(
+        Arc::clone(&node.intake),
+        node.stopping.clone(),
+    ));
+    let (intake, stopping) = (Arc::clone(&node.intake), node.stopping.clone());
+    let runtime = tokio::runtime::Handle::current();
+    tokio::task::spawn_blocking(move || watch_folder::run(&intake, &runtime, &stopping));
+}
+
+fn load_tls(config: &Config) -> Result<Option<tls::Identity>, Failure> {
+    let identity = config.tls.as_ref().map(tls::load).transpose();
+    identity
+        .context("[tls]")
+        .map_err(failure(Exit::Configuration))
 }
 
 /// Binds the page's address, before anything is told to be ready.
@@ -217,9 +237,15 @@ fn spool_limits(config: &Config) -> SpoolLimits {
 }
 
 /// Reads the file again. One with faults changes nothing; what cannot change while the node runs stays and is named.
-fn reload_config(path: Option<&Path>, reload: &watch::Sender<Arc<Config>>, node: &NodeState) {
-    let mut config = match Config::load(path) {
-        Ok(config) => config,
+fn reload_config(
+    path: Option<&Path>,
+    reload: &watch::Sender<Arc<Config>>,
+    tls: &watch::Sender<Option<tls::Identity>>,
+    node: &NodeState,
+) {
+    let loaded = load(path).and_then(|config| Ok((load_tls(&config)?, config)));
+    let (identity, mut config) = match loaded {
+        Ok(loaded) => loaded,
         Err(error) => {
             tracing::error!(%error, "configuration not reloaded");
             return;
@@ -247,6 +273,7 @@ fn reload_config(path: Option<&Path>, reload: &watch::Sender<Arc<Config>>, node:
         config.http_bind = old.http_bind;
     }
     node.spool.set_limits(spool_limits(&config));
+    tls.send_replace(identity);
     reload.send_replace(Arc::new(config));
     tracing::info!("configuration reloaded");
 }

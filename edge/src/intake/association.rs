@@ -48,6 +48,9 @@ pub(super) enum Ending {
     /// The peer aborted.
     #[error("aborted by the peer")]
     Aborted,
+    /// The peer is not who it should be, or does not speak TLS.
+    #[error("TLS: {0}")]
+    Handshake(std::io::Error),
     /// The node stops.
     #[error("the node stops")]
     Stopping,
@@ -58,6 +61,7 @@ impl Ending {
     fn abort(&self) -> Option<AbortRQServiceProviderReason> {
         match self {
             Self::Rejected(_)
+            | Self::Handshake(_)
             | Self::Aborted
             | Self::Wire(WireError::Closed | WireError::Io(_)) => None,
             Self::Wire(WireError::TooLong { .. }) => {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
 
 use super::Intake;
 use super::admit::Rejection;
@@ -113,14 +114,26 @@ async fn connection(stream: TcpStream, around: Surroundings, waiting: Waiting, n
     let intake = Arc::clone(&around.intake);
     let address = around.address;
     let admitted = || waiting.remove(number);
-    let done = association::serve(stream, around, admitted).await;
+    let identity = intake.tls.borrow().clone();
+    let done = match identity {
+        None => association::serve(stream, around, admitted).await,
+        Some(identity) => {
+            let within = around.config.limits.request_timeout;
+            let handshake = TlsAcceptor::from(identity.server).accept(stream);
+            match tokio::time::timeout(within, handshake).await {
+                Ok(Ok(stream)) => association::serve(stream, around, admitted).await,
+                Ok(Err(error)) => Err(Ending::Handshake(error)),
+                Err(_) => Err(WireError::Slow(within).into()),
+            }
+        }
+    };
     waiting.remove(number);
     let Err(ending) = done else {
         return;
     };
     match &ending {
         Ending::Rejected(Rejection::Limit) => intake.counters.rejected_limit.add(),
-        Ending::Rejected(_) => intake.counters.rejected_peer.add(),
+        Ending::Rejected(_) | Ending::Handshake(_) => intake.counters.rejected_peer.add(),
         Ending::Wire(WireError::Idle(_) | WireError::Slow(_) | WireError::Rate(_)) => {
             intake.counters.timed_out.add();
         }

@@ -2,17 +2,21 @@
 //!
 //! The stages in the order the data meets them: [`listener`] accepts connections ([`tls`] wraps them), [`wire`] frames PDUs under deadlines,
 //! [`admit`] says who may send and what, [`association`] speaks with one peer, [`dimse`] reads its commands, [`store`] takes an
-//! object ([`part10`] makes it a file) into the [`spool`]. Analysis reads the spool and never limits intake.
+//! object ([`part10`] makes it a file) into the [`spool`]; files come by the [`watch_folder`]. [`retention`] deletes. Analysis reads the spool and never limits intake.
 
 pub(crate) mod admit;
 mod association;
 mod dimse;
 mod listener;
 pub(crate) mod part10;
+pub(crate) mod retention;
 pub(crate) mod spool;
 mod store;
+pub(crate) mod tls;
+pub(crate) mod watch_folder;
 mod wire;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -33,16 +37,23 @@ pub(crate) struct Intake {
     pub(crate) counters: Counters,
     /// Who is connected.
     pub(crate) slots: admit::Slots,
+    /// DICOM over TLS, where configured; a new one counts for the next connection.
+    pub(crate) tls: watch::Receiver<Option<tls::Identity>>,
 }
 
 impl Intake {
     /// Nothing has come yet.
-    pub(crate) fn new(spool: Arc<Spool>, config: watch::Receiver<Arc<Config>>) -> Self {
+    pub(crate) fn new(
+        spool: Arc<Spool>,
+        config: watch::Receiver<Arc<Config>>,
+        tls: watch::Receiver<Option<tls::Identity>>,
+    ) -> Self {
         Self {
             spool,
             config,
             counters: Counters::default(),
             slots: admit::Slots::default(),
+            tls,
         }
     }
 }
@@ -92,6 +103,11 @@ impl Count {
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+/// Where files of the watched folder go that cannot be taken.
+pub(crate) fn quarantine_folder(config: &Config) -> PathBuf {
+    config.state_dir.join("quarantine")
 }
 
 /// Now, Unix time in ms.

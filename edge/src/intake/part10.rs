@@ -45,3 +45,69 @@ fn element(meta: &mut Vec<u8>, element: u16, vr: [u8; 2], value: &str, padding: 
         meta.push(padding);
     }
 }
+
+/// What the file meta information says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Meta {
+    pub(super) sop_class_uid: String,
+    pub(super) sop_instance_uid: String,
+    pub(super) transfer_syntax_uid: String,
+}
+
+/// Reads the file meta information from the beginning of a file; `None` where there is none, or it lacks a UID.
+pub(super) fn read_meta(bytes: &[u8]) -> Option<Meta> {
+    let mut rest = bytes.get(128..)?.strip_prefix(b"DICM")?;
+    let mut uids = [const { None }; 3];
+    while let Some((head, tail)) = rest.split_first_chunk::<8>() {
+        if head[..2] != [2, 0] {
+            break;
+        }
+        let (length, tail) = match &head[4..6] {
+            b"OB" | b"OW" | b"UN" => {
+                let (length, tail) = tail.split_first_chunk::<4>()?;
+                (u32::from_le_bytes(*length), tail)
+            }
+            _ => (u32::from(u16::from_le_bytes([head[6], head[7]])), tail),
+        };
+        let (value, tail) = tail.split_at_checked(usize::try_from(length).ok()?)?;
+        rest = tail;
+        let index = match u16::from_le_bytes([head[2], head[3]]) {
+            0x0002 => 0,
+            0x0003 => 1,
+            0x0010 => 2,
+            _ => continue,
+        };
+        let uid = shared::uid::Uid::new(std::str::from_utf8(value).ok()?).ok()?;
+        uids[index] = Some(uid.as_str().to_owned());
+    }
+    let [sop_class_uid, sop_instance_uid, transfer_syntax_uid] = uids;
+    Some(Meta {
+        sop_class_uid: sop_class_uid?,
+        sop_instance_uid: sop_instance_uid?,
+        transfer_syntax_uid: transfer_syntax_uid?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meta_is_read_back_and_cut_anywhere_is_none_or_the_same() {
+        let bytes = preamble("1.2.3", "1.2.4.55", "1.2.840.10008.1.2", "CT1");
+        let meta = read_meta(&bytes).unwrap();
+        assert_eq!(meta.sop_class_uid, "1.2.3");
+        assert_eq!(meta.sop_instance_uid, "1.2.4.55");
+        assert_eq!(meta.transfer_syntax_uid, "1.2.840.10008.1.2");
+        for length in 0..bytes.len() {
+            assert!(read_meta(&bytes[..length]).is_none_or(|cut| cut == meta));
+        }
+    }
+
+    #[test]
+    fn group_length_counts_what_follows_it() {
+        let bytes = preamble("1.2.3", "1.2.4.55", "1.2.840.10008.1.2", "");
+        let length = u32::from_le_bytes(bytes[140..144].try_into().unwrap());
+        assert_eq!(length as usize, bytes.len() - 144);
+    }
+}

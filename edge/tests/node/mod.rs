@@ -361,7 +361,7 @@ pub fn request(calling: &str, called: &str, contexts: &[Proposed<'_>]) -> Pdu {
 }
 
 /// Reads a PDU; `None` at the end of the connection, a reset included.
-pub fn receive(stream: &mut TcpStream) -> io::Result<Option<Pdu>> {
+pub fn receive(stream: &mut impl Read) -> io::Result<Option<Pdu>> {
     let mut head = [0; 6];
     match stream.read_exact(&mut head) {
         Err(error)

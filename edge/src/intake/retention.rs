@@ -1,0 +1,248 @@
+//! What is deleted, and when.
+//!
+//! In: what the spool keeps, the configured bounds and the clock. Out: objects purged and quarantined files removed. Two rules: what is older
+//! than the maximum age goes, analysed or not, as soon as the clock can be trusted; and when room gets short, what is finished goes, first
+//! what is never analysed, then the oldest. What is not finished never goes for lack of room: intake refuses instead. Databases and audit log
+//! keep the same maximum age by themselves ([`oldest_allowed_ms`]).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+
+use super::spool::{Kept, Spool, SpoolError};
+use super::{Intake, unix_ms};
+use crate::config::Retention;
+
+/// How often room is looked at.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// How often ages are looked at.
+const AGE_INTERVAL: Duration = Duration::from_secs(60);
+/// Before this time a clock was never set: 2025-01-01.
+const FIRST_TRUSTED_MS: i64 = 1_735_689_600_000;
+/// After this time it was set wrongly: 2100-01-01.
+const LAST_TRUSTED_MS: i64 = 4_102_444_800_000;
+/// Files of the quarantine that are looked at in one round.
+const MAX_QUARANTINE_FILES: usize = 10_000;
+
+/// Whether a time can be right. A board without a battery-backed clock starts in 1970; by such a clock nothing is deleted.
+pub(crate) fn is_clock_trusted(now_ms: i64) -> bool {
+    (FIRST_TRUSTED_MS..LAST_TRUSTED_MS).contains(&now_ms)
+}
+
+/// Objects that came before this time are too old; `None` while the clock cannot be trusted.
+pub(crate) fn oldest_allowed_ms(now_ms: i64, retention: &Retention) -> Option<i64> {
+    let max_age_ms = i64::try_from(retention.max_age.as_millis()).unwrap_or(i64::MAX);
+    is_clock_trusted(now_ms).then(|| now_ms.saturating_sub(max_age_ms))
+}
+
+/// Deletes what has to go, until the node stops.
+pub(crate) async fn run(intake: Arc<Intake>, mut stopping: watch::Receiver<bool>) {
+    let mut ages_looked_at: Option<Instant> = None;
+    let mut trusted_since_ms = None;
+    loop {
+        let config = Arc::clone(&intake.config.borrow());
+        let retention = &config.retention;
+        let now_ms = unix_ms();
+        if is_clock_trusted(now_ms) {
+            trusted_since_ms.get_or_insert(now_ms);
+        }
+        purge(
+            &intake.spool,
+            finished_for_room(&intake.spool, retention),
+            "room",
+        )
+        .await;
+        if ages_looked_at.is_none_or(|at| at.elapsed() >= AGE_INTERVAL) {
+            ages_looked_at = Some(Instant::now());
+            if let Some(oldest_ms) = oldest_allowed_ms(now_ms, retention) {
+                let since_ms = trusted_since_ms.unwrap_or(now_ms);
+                let old = too_old(&intake.spool.kept(), oldest_ms, since_ms);
+                purge(&intake.spool, old, "age").await;
+                let quarantine = super::quarantine_folder(&config);
+                let removed =
+                    tokio::task::spawn_blocking(move || remove_old_files(&quarantine, oldest_ms));
+                drop(removed.await);
+            }
+        }
+        tokio::select! {
+            _ = stopping.wait_for(|is_stopping| *is_stopping) => return,
+            () = tokio::time::sleep(ROOM_INTERVAL) => {}
+        }
+    }
+}
+
+async fn purge(spool: &Spool, sequences: Vec<u64>, reason: &'static str) {
+    if sequences.is_empty() {
+        return;
+    }
+    let n_objects = sequences.len();
+    match spool.purge(sequences).await {
+        Ok(()) => tracing::info!(n_objects, reason, "objects purged"),
+        Err(SpoolError::Closed) => {}
+        Err(error) => tracing::error!(%error, "objects not purged"),
+    }
+}
+
+/// What goes for lack of room, looked for only when room is short.
+fn finished_for_room(spool: &Spool, retention: &Retention) -> Vec<u64> {
+    let used_bytes = spool.counts().used_bytes;
+    let free_bytes = spool.free_bytes().unwrap_or(u64::MAX);
+    let wanted = bytes_to_free(used_bytes, free_bytes, retention);
+    if wanted == 0 {
+        return Vec::new();
+    }
+    first_to_go(spool.kept(), wanted)
+}
+
+/// Bytes that should be freed: from nine tenths of the quota down to eight, and up to one and a half times the free
+/// space that is kept, as soon as less than one and a quarter is left. 0 while there is room.
+fn bytes_to_free(used_bytes: u64, free_bytes: u64, retention: &Retention) -> u64 {
+    let tenth = retention.quota_bytes / 10;
+    let over_quota = if used_bytes > tenth * 9 {
+        used_bytes - tenth * 8
+    } else {
+        0
+    };
+    let quarter = retention.keep_free_bytes / 4;
+    let under_free = if free_bytes < quarter.saturating_mul(5) {
+        quarter.saturating_mul(6).saturating_sub(free_bytes)
+    } else {
+        0
+    };
+    over_quota.max(under_free)
+}
+
+/// Finished objects worth so many bytes: those that are never analysed first, then the oldest.
+fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64) -> Vec<u64> {
+    let mut finished: Vec<Kept> = kept.into_iter().filter(|kept| kept.is_finished).collect();
+    finished.sort_by_key(|kept| (kept.is_analysed_class, kept.sequence));
+    let mut freed = 0_u64;
+    let enough = finished.into_iter().take_while(|kept| {
+        let is_wanted = freed < wanted_bytes;
+        freed = freed.saturating_add(kept.bytes);
+        is_wanted
+    });
+    enough.map(|kept| kept.sequence).collect()
+}
+
+/// Objects that came before `oldest_ms`. What came while the clock was not set counts from `trusted_since_ms`.
+fn too_old(kept: &[Kept], oldest_ms: i64, trusted_since_ms: i64) -> Vec<u64> {
+    let received_ms = |kept: &Kept| {
+        if is_clock_trusted(kept.received_ms) {
+            kept.received_ms
+        } else {
+            trusted_since_ms
+        }
+    };
+    let old = kept.iter().filter(|kept| received_ms(kept) < oldest_ms);
+    old.map(|kept| kept.sequence).collect()
+}
+
+fn remove_old_files(folder: &Path, oldest_ms: i64) {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    let oldest = Duration::from_millis(u64::try_from(oldest_ms).unwrap_or(0));
+    for entry in entries.take(MAX_QUARANTINE_FILES).flatten() {
+        let modified = entry.metadata().and_then(|metadata| metadata.modified());
+        let age = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        if modified.is_ok_and(|modified| age(modified) < oldest) {
+            // One that cannot be removed is tried again in the next round.
+            drop(std::fs::remove_file(entry.path()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW_MS: i64 = 1_790_000_000_000;
+    const DAY_MS: i64 = 86_400_000;
+
+    fn kept(sequence: u64, received_ms: i64) -> Kept {
+        Kept {
+            sequence,
+            bytes: 100,
+            received_ms,
+            is_finished: false,
+            is_analysed_class: true,
+        }
+    }
+
+    fn retention() -> Retention {
+        Retention {
+            max_age: Duration::from_secs(7 * 86_400),
+            keep_free_bytes: 400,
+            quota_bytes: 1000,
+        }
+    }
+
+    #[test]
+    fn old_objects_go_finished_or_not() {
+        let oldest_ms = oldest_allowed_ms(NOW_MS, &retention()).unwrap();
+        let objects = [
+            kept(1, NOW_MS - 8 * DAY_MS),
+            kept(2, NOW_MS - 6 * DAY_MS),
+            kept(3, oldest_ms),
+        ];
+        assert_eq!(too_old(&objects, oldest_ms, NOW_MS), [1]);
+    }
+
+    #[test]
+    fn nothing_goes_by_age_while_the_clock_is_not_set() {
+        for now_ms in [0, 3_600_000, FIRST_TRUSTED_MS - 1, LAST_TRUSTED_MS] {
+            assert_eq!(oldest_allowed_ms(now_ms, &retention()), None);
+        }
+    }
+
+    #[test]
+    fn object_from_before_the_clock_was_set_counts_from_then() {
+        let objects = [kept(1, 5_000)];
+        let oldest_ms = oldest_allowed_ms(NOW_MS, &retention()).unwrap();
+        assert_eq!(too_old(&objects, oldest_ms, NOW_MS), [] as [u64; 0]);
+        assert_eq!(too_old(&objects, oldest_ms, NOW_MS - 8 * DAY_MS), [1]);
+    }
+
+    #[test]
+    fn room_is_made_from_what_is_finished_never_analysed_first() {
+        let finished = |sequence, is_analysed_class| Kept {
+            is_finished: true,
+            is_analysed_class,
+            ..kept(sequence, NOW_MS)
+        };
+        let objects = vec![
+            kept(1, NOW_MS),
+            finished(2, true),
+            finished(3, true),
+            finished(4, false),
+        ];
+        assert_eq!(first_to_go(objects.clone(), 1), [4]);
+        assert_eq!(first_to_go(objects.clone(), 150), [4, 2]);
+        assert_eq!(first_to_go(objects, 10_000), [4, 2, 3]);
+    }
+
+    #[test]
+    fn room_is_made_before_intake_has_to_refuse() {
+        let retention = retention();
+        assert_eq!(bytes_to_free(900, 500, &retention), 0);
+        assert_eq!(bytes_to_free(901, 500, &retention), 101);
+        assert_eq!(bytes_to_free(0, 499, &retention), 101);
+        assert_eq!(bytes_to_free(2000, 0, &retention), 1200);
+    }
+
+    #[test]
+    fn old_files_of_the_quarantine_go() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, modified_ms) in [("old", NOW_MS - 8 * DAY_MS), ("new", NOW_MS)] {
+            let file = std::fs::File::create(folder.path().join(name)).unwrap();
+            let modified = UNIX_EPOCH + Duration::from_millis(modified_ms.cast_unsigned());
+            file.set_modified(modified).unwrap();
+        }
+        remove_old_files(folder.path(), NOW_MS - 7 * DAY_MS);
+        assert!(!folder.path().join("old").exists());
+        assert!(folder.path().join("new").exists());
+    }
+}

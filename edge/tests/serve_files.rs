@@ -1,0 +1,127 @@
+//! Files that appear in the watched folder, and room that is made by itself.
+
+mod node;
+
+use std::time::{Duration, Instant};
+
+use node::{CT, Client, EXPLICIT, Node, PATIENCE, data_set, spooled};
+
+const DOSE_REPORT: &str = "1.2.840.10008.5.1.4.1.1.88.67";
+
+/// A Part 10 file around a data set.
+fn file(class: &str, instance: &str, syntax: &str) -> Vec<u8> {
+    let element = |element: u16, text: &str| {
+        let mut value = text.as_bytes().to_vec();
+        value.resize(value.len().next_multiple_of(2), 0);
+        let mut bytes = vec![2, 0];
+        bytes.extend_from_slice(&element.to_le_bytes());
+        bytes.extend_from_slice(b"UI");
+        bytes.extend_from_slice(&u16::try_from(value.len()).unwrap().to_le_bytes());
+        bytes.extend_from_slice(&value);
+        bytes
+    };
+    let mut bytes = vec![0; 128];
+    bytes.extend_from_slice(b"DICM");
+    bytes.extend(element(2, class));
+    bytes.extend(element(3, instance));
+    bytes.extend(element(0x10, syntax));
+    bytes.extend(data_set(class, instance, 50_000));
+    bytes
+}
+
+#[track_caller]
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn complete_files_are_taken_and_others_put_into_quarantine() {
+    let folder = std::sync::Arc::new(tempfile::tempdir().unwrap());
+    let incoming = folder.path().join("incoming");
+    std::fs::create_dir_all(incoming.join("deeper")).unwrap();
+    let node = Node::start_in(folder, "watch_folder = \"incoming\"\n");
+    // The watch begins at the start; what lies there before is found by looking through the folder.
+    wait_until("a first file is taken", || {
+        let name = incoming.join("probe");
+        if !name.exists() {
+            std::fs::write(&name, file(CT, "1.2.1", EXPLICIT)).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        !name.exists()
+    });
+    let good = file(CT, "1.2.3", EXPLICIT);
+    std::fs::write(incoming.join("deeper/IM1"), &good).unwrap();
+    let unfinished = incoming.join("IM2.part");
+    std::fs::write(&unfinished, file(CT, "1.2.4", EXPLICIT)).unwrap();
+    std::fs::write(incoming.join("DOE^JANE.txt"), b"not DICOM").unwrap();
+    std::fs::write(incoming.join("IM3"), file("1.2.3.4", "1.2.5", EXPLICIT)).unwrap();
+    std::fs::write(incoming.join("IM4"), file(CT, "1.2.6", "1.2.3.4")).unwrap();
+    let is_there = |instance: &str| {
+        let found = spooled(node.folder.path());
+        found.iter().any(|object| object.sop_instance == instance)
+    };
+    wait_until("the good file", || {
+        is_there("1.2.3") && !incoming.join("deeper/IM1").exists()
+    });
+    let quarantine = node.folder.path().join("state/quarantine");
+    let reasons = || {
+        let entries = std::fs::read_dir(&quarantine)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut reasons: Vec<String> = entries
+            .map(|entry| entry.path())
+            .inspect(|path| assert!(!path.to_string_lossy().contains("DOE")))
+            .filter(|path| path.extension().is_some_and(|kind| kind == "reason"))
+            .map(|path| std::fs::read_to_string(path).unwrap().trim().to_owned())
+            .collect();
+        reasons.sort();
+        reasons
+    };
+    wait_until("the quarantine", || reasons().len() == 3);
+    assert_eq!(
+        reasons(),
+        [
+            "SOP class not accepted",
+            "not a DICOM file",
+            "transfer syntax not supported"
+        ]
+    );
+    assert!(unfinished.exists());
+    std::fs::rename(&unfinished, incoming.join("IM2")).unwrap();
+    wait_until("the file renamed into place", || is_there("1.2.4"));
+    let log = node.log().join("\n");
+    assert!(!log.contains("DOE"), "{log}");
+    let whole = spooled(node.folder.path());
+    let taken = whole.iter().find(|object| object.sop_instance == "1.2.3");
+    assert_eq!(taken.unwrap().file, good);
+}
+
+#[test]
+fn room_is_made_from_objects_that_are_never_analysed() {
+    let node = Node::start("[retention]\nquota_mib = 1\n");
+    let mut client = Client::open(node.dicom, &[(DOSE_REPORT, &[EXPLICIT])]).unwrap();
+    let mut store = |index: u32| {
+        let instance = format!("1.2.{index}");
+        let report = data_set(DOSE_REPORT, &instance, 400_000);
+        client.store(1, DOSE_REPORT, &instance, &report).unwrap()
+    };
+    // Three times the quota goes through, with refusals in between that end by themselves.
+    let start = Instant::now();
+    let mut n_stored = 0;
+    while n_stored < 9 {
+        assert!(start.elapsed() < PATIENCE, "{n_stored} stored");
+        match store(n_stored) {
+            0 => n_stored += 1,
+            status => {
+                assert_eq!(status, 0xa700);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    }
+    client.release();
+}
