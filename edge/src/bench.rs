@@ -42,7 +42,7 @@ struct BenchJson<'a> {
 #[derive(Debug, Serialize)]
 struct LayerJson<'a> {
     name: &'a str,
-    operator: &'static str,
+    operator: &'a str,
     micros: f64,
     macs: u64,
     weight_bytes: usize,
@@ -122,7 +122,7 @@ fn time(ready: &ReadyModel, n_slices: u32) -> anyhow::Result<Vec<u64>> {
 fn layer(report: &LayerReport) -> LayerJson<'_> {
     LayerJson {
         name: &report.name,
-        operator: report.operator,
+        operator: &report.operator,
         micros: report.micros,
         macs: report.macs,
         weight_bytes: report.weight_bytes,

@@ -2,17 +2,21 @@
 //!
 //! The stages in the order the data meets them: [`model`] loads a file, `graph` indexes it, `chain` recognises the quantized
 //! layers, `network` checks and packs them for one of the [`kernels`], `session` runs them on images. What is no such chain
-//! runs through `tract`. `explain` measures each layer.
+//! runs through `tract`, with each quantized convolution that `partial` finds replaced by our `operator`, a `convolution` of any shape on the
+//! same kernels. `explain` measures each layer.
 //!
 //! No file and no socket is opened here; the caller brings the bytes.
 
 mod chain;
 mod contributions;
+mod convolution;
 mod explain;
 mod graph;
 pub mod kernels;
 pub mod model;
 mod network;
+mod operator;
+mod partial;
 mod patches;
 mod session;
 mod tract;

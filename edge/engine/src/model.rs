@@ -152,9 +152,11 @@ impl Model {
             .map(|graph| recognise(&Graph::new(graph)));
         let program = match chain {
             Some(Ok(chain)) => Program::Network(Arc::new(Network::new(chain, &mut proto, kernel)?)),
-            Some(Err(reason)) => {
-                Program::Tract(Arc::new(TractModel::new(&mut proto, reason.to_string())?))
-            }
+            Some(Err(reason)) => Program::Tract(Arc::new(TractModel::new(
+                &mut proto,
+                reason.to_string(),
+                kernel,
+            )?)),
             None => {
                 return Err(LoadError::Shape {
                     layer: "the file has no graph".into(),

@@ -3,6 +3,7 @@
 //! In: the ONNX protobuf. Out: a plan for one image. The bits of float files differ between CPUs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tract_onnx::pb::tensor_shape_proto::dimension;
 use tract_onnx::pb::{ModelProto, type_proto};
@@ -11,11 +12,29 @@ use tract_onnx::prelude::{
     TypedRunnableModel, tvec,
 };
 
+use tract_onnx::tract_core;
+
+use crate::convolution::GeneralConvolution;
 use crate::graph::Graph;
+use crate::kernels::{Kernel, cpu_time};
 use crate::model::{LoadError, RunError};
+use crate::operator::{Operator, register};
+use crate::partial::replace_convolutions;
 
 /// Output that is the logit, where the graph names its outputs as `trainer export` does.
 const LOGIT: &str = "logit";
+
+/// One node of a run.
+#[derive(Debug)]
+pub(crate) struct NodeTime {
+    pub(crate) name: String,
+    pub(crate) operator: String,
+    pub(crate) time: Duration,
+    /// Multiply-accumulates, where it is our convolution.
+    pub(crate) macs: u64,
+    /// Bytes of parameters, where it is our convolution.
+    pub(crate) parameter_bytes: usize,
+}
 
 /// A graph that tract has optimised for images of one fixed shape.
 #[derive(Debug)]
@@ -23,17 +42,27 @@ pub(crate) struct TractModel {
     plan: Arc<TypedRunnableModel>,
     shape: [usize; 4],
     reason: String,
+    n_replaced: usize,
+    kernel: Kernel,
 }
 
 impl TractModel {
     /// Optimises a graph for one image a run; its first output, or the one named `logit`, is the logit.
     ///
     /// `reason` says why the graph does not run on our kernels.
-    pub(crate) fn new(proto: &mut ModelProto, reason: String) -> Result<Self, LoadError> {
-        Self::optimise(proto, reason).map_err(|error| LoadError::Tract(error.into()))
+    pub(crate) fn new(
+        proto: &mut ModelProto,
+        reason: String,
+        kernel: Kernel,
+    ) -> Result<Self, LoadError> {
+        Self::optimise(proto, reason, kernel).map_err(|error| LoadError::Tract(error.into()))
     }
 
-    fn optimise(proto: &mut ModelProto, reason: String) -> Result<Self, TractError> {
+    fn optimise(
+        proto: &mut ModelProto,
+        reason: String,
+        kernel: Kernel,
+    ) -> Result<Self, TractError> {
         let graph = proto
             .graph
             .as_ref()
@@ -49,9 +78,13 @@ impl TractModel {
         let logit = graph.outputs().position(|name| name == LOGIT).unwrap_or(0);
 
         fix_batch(proto);
-        let mut model = tract_onnx::onnx()
-            .with_ignore_value_info(true)
-            .model_for_proto_model(proto)?;
+        let n_replaced = proto
+            .graph
+            .as_mut()
+            .map_or(0, |graph| replace_convolutions(graph, kernel));
+        let mut onnx = tract_onnx::onnx().with_ignore_value_info(true);
+        register(&mut onnx);
+        let mut model = onnx.model_for_proto_model(proto)?;
         let output = model.output_outlets()?.get(logit).copied();
         model.select_output_outlets(output.as_slice())?;
         let model = model.with_input_fact(0, InferenceFact::dt_shape(u8::datum_type(), shape))?;
@@ -59,12 +92,56 @@ impl TractModel {
             plan: model.into_optimized()?.into_runnable()?,
             shape,
             reason,
+            n_replaced,
+            kernel,
         })
     }
 
     /// Why the graph does not run on our kernels.
     pub(crate) fn reason(&self) -> &str {
         &self.reason
+    }
+
+    /// The kernel of our operator.
+    pub(crate) fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// Quantized convolutions that our operator runs.
+    pub(crate) fn n_replaced(&self) -> usize {
+        self.n_replaced
+    }
+
+    /// Runs one image and reports each node with its CPU time, in order of execution.
+    pub(crate) fn layer_times(&self, image: &[u8]) -> Result<Vec<NodeTime>, RunError> {
+        self.time(image)
+            .map_err(|error| RunError::Tract(error.into()))
+    }
+
+    fn time(&self, image: &[u8]) -> Result<Vec<NodeTime>, TractError> {
+        let image = Tensor::from_shape(&self.shape, image)?;
+        let mut times = Vec::new();
+        let mut state = self.plan.spawn()?;
+        state.run_plan_with_eval(tvec!(image.into()), |context, op_state, node, inputs| {
+            let size = inputs.first().map(|input| input.shape().to_vec());
+            let started = cpu_time();
+            let result = tract_core::plan::eval(context, op_state, node, inputs);
+            let time = cpu_time().saturating_sub(started);
+            let ours = node.op_as::<Operator>().map(Operator::convolution);
+            let size = match size.as_deref() {
+                Some(&[_, _, rows, columns]) => [rows, columns],
+                _ => [0; 2],
+            };
+            times.push(NodeTime {
+                name: node.name.clone(),
+                operator: node.op().name().into_owned(),
+                time,
+                macs: ours.map_or(0, |convolution| convolution.macs(size)),
+                parameter_bytes: ours.map_or(0, GeneralConvolution::parameter_bytes),
+            });
+            result
+        })?;
+        Ok(times)
     }
 
     /// Bytes of one image.

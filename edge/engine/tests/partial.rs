@@ -1,0 +1,82 @@
+//! A graph that is not one chain runs through tract with our convolutions in it.
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "the reference arithmetic of the test"
+)]
+#![allow(clippy::unwrap_used, reason = "test code")]
+
+mod model_file;
+
+use engine::{Kernel, Model, Options};
+use model_file::{Network, Random};
+use prost::Message as _;
+use tract_onnx::pb::{ModelProto, NodeProto};
+
+/// The network's file with an Identity before its logit, which ends no chain of ours.
+fn with_identity(network: &Network) -> Vec<u8> {
+    let mut model = ModelProto::decode(network.file().as_slice()).unwrap();
+    let nodes = &mut model.graph.as_mut().unwrap().node;
+    let last = nodes
+        .iter_mut()
+        .find(|node| node.output == ["logit"])
+        .unwrap();
+    last.output = vec!["before".into()];
+    let identity = NodeProto {
+        name: "identity".into(),
+        op_type: "Identity".into(),
+        input: vec!["before".into()],
+        output: vec!["logit".into()],
+        ..NodeProto::default()
+    };
+    let place = nodes
+        .iter()
+        .position(|node| node.output == ["before"])
+        .unwrap();
+    nodes.insert(place + 1, identity);
+    model.encode_to_vec()
+}
+
+#[test]
+fn convolutions_of_another_graph_run_on_our_kernels() {
+    let image = [3, 38, 30];
+    let network = Network::random(31, image, &[20, 12], &[6, 1]);
+    let file = with_identity(&network);
+    let images = Random::new(32).bytes(3 * image.iter().product::<usize>());
+    let expected: Vec<f32> = images
+        .chunks_exact(images.len() / 3)
+        .map(|image| network.logit(image))
+        .collect();
+    let mut bits = Vec::new();
+    for kernel in Kernel::available() {
+        let options = Options {
+            kernel: Some(kernel),
+            threads: 1,
+        };
+        let model = Model::load(&file, &options).unwrap();
+        assert_eq!(model.kernel(), None, "tract runs the graph");
+        let explanation = model.explain().unwrap();
+        assert_eq!(
+            explanation.runs_on,
+            format!("tract, 2 convolutions on {kernel}")
+        );
+        let ours = explanation.layers.iter().filter(|layer| layer.macs > 0);
+        assert_eq!(ours.count(), 2, "{explanation}");
+        let mut logits = [0.0; 3];
+        model.session().logits(&images, &mut logits).unwrap();
+        // The dense layers run in f32 here, so that an activation may be a step away.
+        for (logit, expected) in logits.iter().zip(&expected) {
+            assert!(
+                (logit - expected).abs() <= 0.02 * expected.abs().max(1.0),
+                "{logit} and {expected}"
+            );
+        }
+        bits.push(logits.map(f32::to_bits));
+    }
+    assert!(
+        bits.iter().all(|of_kernel| *of_kernel == bits[0]),
+        "{bits:?}"
+    );
+}
