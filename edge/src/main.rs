@@ -1,6 +1,6 @@
 //! The command line beside a CT console: DICOM in, a probability of pulmonary embolism out. Research use only.
 //!
-//! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process, where
+//! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process (behind its [`confinement`]), where
 //! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
 //! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
 //! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]) and decides ([`decide`]). [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
@@ -9,8 +9,8 @@
 mod bench;
 mod classify;
 mod cli;
-#[allow(dead_code, reason = "what decides, sends and shows comes next")]
 mod config;
+mod confinement;
 #[allow(dead_code, reason = "what sends and shows comes next")]
 mod decide;
 mod exit;

@@ -123,6 +123,15 @@ impl Supervisor {
         self.n_replaced
     }
 
+    /// Whether the worker at hand has confined itself (proc(5): Seccomp is 2); `None` where there is no worker or the system does not tell.
+    pub(crate) fn is_confined(&self) -> Option<bool> {
+        let process = self.worker.as_ref()?.child.id();
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+        let mut lines = status.lines();
+        let seccomp = lines.find_map(|line| line.strip_prefix("Seccomp:"))?;
+        Some(seccomp.trim() == "2")
+    }
+
     /// Has one object analysed, from the frame `first_frame` (from 0) on.
     ///
     /// # Errors

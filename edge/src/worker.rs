@@ -3,7 +3,7 @@
 //! In, on standard input: objects as [`crate::wire`] frames them. Out, on standard output: facts, tensors, reasons. Before the
 //! first byte is read the process limits itself: address space, processor time, no core file, no file may be
 //! written, killed with its parent; parsing runs on a thread whose stack has a known size. What breaks a
-//! limit ends the process, and [`crate::supervisor`] notices. What the bytes mean is `shared::dicom`'s business.
+//! limit ends the process, and [`crate::supervisor`] notices. Before the first object it [confines](crate::confinement) itself to its two streams. What the bytes mean is `shared::dicom`'s business.
 
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -14,6 +14,7 @@ use shared::dicom::{self, CopiedElement, Identity, Object, Slice};
 use shared::preprocess::Preprocessor;
 use shared::spec::PreprocessSpec;
 
+use crate::confinement;
 use crate::result::Element;
 use crate::wire::{self, Kind, ObjectFacts, Reason, Refused, SliceFacts};
 
@@ -70,6 +71,8 @@ fn serve() -> io::Result<()> {
     let spec: PreprocessSpec = serde_json::from_slice(&payload)?;
     let mut preprocessor = Preprocessor::new(&spec).map_err(io::Error::other)?;
     let mut tensor = vec![0; TENSOR_BYTES];
+    // From here on there is nothing but the two streams and memory.
+    confinement::confine()?;
     while let Some((bytes, first_frame)) = read_object(&mut input, &mut payload)? {
         match dicom::read(&bytes) {
             Ok(object) => {

@@ -49,6 +49,7 @@ pub(super) fn run(
         handoff,
         counters,
         partial: start.partial,
+        is_looked_at: false,
     };
     // Broken off is as good as done: nobody listens any more.
     drop(analysis.all(start.cursor, &start.again));
@@ -62,6 +63,7 @@ struct Analysis<'a> {
     handoff: &'a Handoff<Item>,
     counters: &'a Counters,
     partial: (u64, u32),
+    is_looked_at: bool,
 }
 
 impl Analysis<'_> {
@@ -134,7 +136,21 @@ impl Analysis<'_> {
             handoff.push(item).map_err(|_| Stop)
         })?;
         self.counters.workers_replaced(self.supervisor.n_replaced());
+        self.look_at_confinement();
         self.hand_over(&facts, sequence, is_again, Part::End)
+    }
+
+    /// Says once where the worker is not confined: the kernel knows no filters.
+    fn look_at_confinement(&mut self) {
+        if !self.is_looked_at
+            && let Some(is_confined) = self.supervisor.is_confined()
+        {
+            self.is_looked_at = true;
+            self.counters.confined(is_confined);
+            if !is_confined {
+                tracing::warn!("the worker is not confined: this system has no seccomp filters");
+            }
+        }
     }
 
     fn hand_over(

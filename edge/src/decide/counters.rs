@@ -2,7 +2,7 @@
 //!
 //! In: one call an event. Out: numbers since the start of the process. Reading never waits.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// The counts.
 #[derive(Debug, Default)]
@@ -16,6 +16,7 @@ pub(crate) struct Counters {
     cursor: AtomicU64,
     n_open_studies: AtomicU64,
     n_workers_replaced: AtomicU64,
+    is_unconfined: AtomicBool,
 }
 
 /// The counts at one moment.
@@ -39,6 +40,8 @@ pub(crate) struct Counts {
     pub(crate) n_open_studies: u64,
     /// Workers that died or hung and were replaced.
     pub(crate) n_workers_replaced: u64,
+    /// Whether the worker runs without its seccomp filter.
+    pub(crate) is_unconfined: bool,
 }
 
 impl Counters {
@@ -76,6 +79,10 @@ impl Counters {
         self.n_workers_replaced.store(n_replaced, Relaxed);
     }
 
+    pub(super) fn confined(&self, is_confined: bool) {
+        self.is_unconfined.store(!is_confined, Relaxed);
+    }
+
     /// The counts now.
     pub(crate) fn counts(&self) -> Counts {
         Counts {
@@ -88,6 +95,7 @@ impl Counters {
             cursor: self.cursor.load(Relaxed),
             n_open_studies: self.n_open_studies.load(Relaxed),
             n_workers_replaced: self.n_workers_replaced.load(Relaxed),
+            is_unconfined: self.is_unconfined.load(Relaxed),
         }
     }
 }

@@ -117,6 +117,10 @@ fn status(node: &NodeState) -> Status {
             .problems
             .push(format!("Objects are refused: {error}."));
     }
+    if node.counters.counts().is_unconfined {
+        let text = "The worker runs without its seccomp filter: this kernel has none.";
+        status.problems.push(text.into());
+    }
     judge(&mut status);
     status
 }
