@@ -22,7 +22,9 @@ use crate::decide::{self, Changed, ModelState};
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::spool::{Spool, SpoolError, SpoolLimits};
 use crate::intake::{Intake, Listener, retention, tls, watch_folder};
+use crate::operate::audit::{Audit, Event};
 use crate::operate::metrics::Metrics;
+use crate::operate::model_store::ModelStore;
 use crate::{operate, page};
 
 /// Threads of the runtime; the network and the worker have their own.
@@ -58,6 +60,12 @@ pub(crate) struct NodeState {
     pub(crate) metrics: Metrics,
     /// The page shows something else than before.
     pub(crate) page_changed: broadcast::Sender<()>,
+    /// Reads slices for the page.
+    pub(crate) slices: page::slices::Slices,
+    /// Who sent what, and what was decided.
+    pub(crate) audit: Audit,
+    /// The models installed.
+    pub(crate) models: ModelStore,
 }
 
 /// `edge serve`.
@@ -115,6 +123,8 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         .with_context(|| format!("DICOM port {address}"))
         .map_err(failure(Exit::Unavailable))?;
     let dicom_address = listener.address().map_err(failure(Exit::Unavailable))?;
+    let audit = operate::watch::open_audit(&config)?;
+    let models = ModelStore::new(&config.state_dir);
     let (page_listener, page_settings) = page_listener(&config).await?;
     let (reload, config) = watch::channel(Arc::new(config));
     let (stop, stopping) = watch::channel(false);
@@ -132,6 +142,9 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         started: Instant::now(),
         metrics: Metrics::default(),
         page_changed: broadcast::channel(PAGE_CHANGES).0,
+        slices: page::slices::Slices::default(),
+        audit,
+        models,
     });
     let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
     start_retention_and_folder(&node);
@@ -147,12 +160,15 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     ));
     operate::systemd::ready(&format!("listening on {dicom_address}"));
     tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
+    let watching = operate::watch::start(&node);
     let deciding = decide::node::start(&node).await?;
+    operate::watch::started(&node);
     loop {
         match signals.next().await {
             Asked::Reload => {
                 operate::systemd::reloading();
-                reload_config(path.as_deref(), &reload, &tls, &node);
+                let is_in_force = reload_config(path.as_deref(), &reload, &tls, &node);
+                operate::watch::note(&node, &Event::Reloaded { is_in_force });
                 operate::systemd::ready(&format!("listening on {dicom_address}"));
             }
             Asked::Stop => break,
@@ -167,6 +183,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     tokio::task::spawn_blocking(move || deciding.stop())
         .await
         .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
+    operate::watch::stopped(&node, watching).await;
     let counts = node.spool.counts();
     tracing::info!(objects = counts.objects, "stopped");
     Ok(Exit::Ok)
@@ -242,13 +259,13 @@ fn reload_config(
     reload: &watch::Sender<Arc<Config>>,
     tls: &watch::Sender<Option<tls::Identity>>,
     node: &NodeState,
-) {
+) -> bool {
     let loaded = load(path).and_then(|config| Ok((load_tls(&config)?, config)));
     let (identity, mut config) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {
             tracing::error!(%error, "configuration not reloaded");
-            return;
+            return false;
         }
     };
     let old = Arc::clone(&reload.borrow());
@@ -276,6 +293,7 @@ fn reload_config(
     tls.send_replace(identity);
     reload.send_replace(Arc::new(config));
     tracing::info!("configuration reloaded");
+    true
 }
 
 /// What the operator asks for.

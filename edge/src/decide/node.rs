@@ -13,8 +13,11 @@ use super::{Deciding, Given, Sound};
 use crate::cli::ModelArgs;
 use crate::config::Config;
 use crate::exit::{Exit, Failure, failure};
+use crate::operate;
+use crate::operate::model_store::ModelStore;
 use crate::send::outbox::{self, Channels};
 use crate::serve::NodeState;
+use crate::wire::Reason;
 
 /// Opens the results database.
 ///
@@ -37,23 +40,31 @@ pub(crate) fn open_store(config: &Config) -> Result<Arc<Store>, Failure> {
 /// `Configuration` where there is no such model file; `Unavailable` where the system refuses threads.
 pub(crate) async fn start(node: &Arc<NodeState>) -> Result<Deciding, Failure> {
     let config = Arc::clone(&node.config.borrow());
-    let loading = Arc::clone(&config);
+    let (loading, models) = (Arc::clone(&config), node.models.clone());
     let model = tokio::task::spawn_blocking(move || {
         let arguments = ModelArgs {
             model: loading.model.clone(),
             threads: loading.threads,
             kernel: None,
         };
-        Sound::load(arguments.model.as_deref(), &arguments.options())
+        load(&models, &arguments)
     });
-    let model = model
+    let (model, rolled_back) = model
         .await
         .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))??;
+    if rolled_back {
+        operate::watch::rolled_back(node);
+    }
     node.model.send_replace(model.state());
     tell_page(node);
     let worker = super::worker_command()
         .context("the program's own path")
         .map_err(failure(Exit::Unavailable))?;
+    let ready = match &model {
+        Sound::Ready(ready) => Some(ready.as_ref()),
+        Sound::Degraded { .. } => None,
+    };
+    node.slices.begin(worker.clone(), ready);
     Deciding::start(Given {
         spool: Arc::clone(&node.spool),
         store: Arc::clone(&node.store),
@@ -67,6 +78,34 @@ pub(crate) async fn start(node: &Arc<NodeState>) -> Result<Deciding, Failure> {
         now_ms: super::now_ms,
     })
     .map_err(failure(Exit::Unavailable))
+}
+
+/// The model of the configuration; else the installed one in force, or the one before where that fails; else the demonstration model. Whether
+/// the one before was brought back.
+fn load(models: &ModelStore, arguments: &ModelArgs) -> Result<(Sound, bool), Failure> {
+    let options = arguments.options();
+    if arguments.model.is_some() {
+        return Ok((Sound::load(arguments.model.as_deref(), &options)?, false));
+    }
+    let chosen = models.choose(|path| match Sound::load(path, &options)? {
+        Sound::Degraded { reason } if path.is_some() => {
+            Err(failure(Exit::FailedCheck)(anyhow!(reason.to_string())))
+        }
+        sound => Ok(sound),
+    });
+    match chosen {
+        Ok(chosen) => {
+            if let Some(reason) = &chosen.rolled_back {
+                tracing::error!(reason, "the model before is in force again");
+            }
+            Ok((chosen.loaded, chosen.rolled_back.is_some()))
+        }
+        Err(failure) => {
+            let reason = Reason::new("model", failure.to_string());
+            tracing::error!(%reason, "degraded: slices are kept and not analysed");
+            Ok((Sound::Degraded { reason }, false))
+        }
+    }
 }
 
 /// Into the outbox goes what may leave, over the channels that are configured at that moment.

@@ -9,10 +9,10 @@ use std::io::IsTerminal;
 use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
+use tracing_subscriber::Registry;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::registry;
 
 /// The environment variable.
 const LEVEL_VARIABLE: &str = "EDGE_LOG";
@@ -43,12 +43,12 @@ where
 {
     let layer = tracing_subscriber::fmt::layer().with_writer(writer);
     let own = Targets::new().with_target("edge", level);
-    let layer: Box<dyn Layer<registry::Registry> + Send + Sync> = if is_terminal {
+    let layer: Box<dyn Layer<Registry> + Send + Sync> = if is_terminal {
         Box::new(layer.with_ansi(false).with_target(false).with_filter(own))
     } else {
         Box::new(layer.json().flatten_event(true).with_filter(own))
     };
-    tracing_subscriber::registry().with(layer)
+    Registry::default().with(layer)
 }
 
 #[cfg(test)]

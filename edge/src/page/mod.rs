@@ -17,6 +17,7 @@ pub(crate) mod routes;
 #[cfg(test)]
 mod served;
 pub(crate) mod server;
+pub(crate) mod slices;
 pub(crate) mod strip;
 pub(crate) mod study_view;
 pub(crate) mod system_view;

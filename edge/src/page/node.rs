@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{NotShown, Settings, Sources};
+use super::{Settings, Sources};
 use crate::config::Config;
 use crate::decide::store::StoreError;
 use crate::intake::unix_ms;
@@ -15,11 +15,13 @@ use crate::serve::NodeState;
 pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
     let of = |node: &Arc<NodeState>| Arc::clone(node);
     let (for_status, for_counts) = (of(node), of(node));
-    let (for_studies, for_study) = (of(node), of(node));
+    let (for_studies, for_study, for_slice) = (of(node), of(node), of(node));
     Sources {
         studies: Box::new(move || read(for_studies.store.studies())),
         study: Box::new(move |uid| read(for_study.store.study(uid))),
-        slice: Box::new(|_, _| Err(NotShown::Purged)),
+        slice: Box::new(move |slice, has_heatmap| {
+            for_slice.slices.read(&for_slice.spool, slice, has_heatmap)
+        }),
         status: Box::new(move || status(&for_status)),
         counts: Box::new(move || counts(&for_counts)),
         metrics: node.metrics.clone(),

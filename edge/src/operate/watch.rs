@@ -1,0 +1,213 @@
+//! Follows the running node: what it decides goes to the audit log and the metrics, and a model that has served is confirmed.
+//!
+//! In: the node's announcements of changes. Out: audit lines, counters. It reads the store and changes nothing of it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use shared::uid::Uid;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinHandle;
+
+use super::audit::{Audit, Event, MAX_FILE_BYTES};
+use super::metrics::{Decided, DecidedOutcome};
+use crate::config::Config;
+use crate::exit::{Exit, Failure, failure};
+use crate::result::{Outcome, State, StudyResult};
+use crate::serve::NodeState;
+
+/// Slices after which a model has served.
+const SERVED_SLICES: u64 = 10;
+/// How long a node without work must have run for its model to be trusted.
+const SERVED_TIME: Duration = Duration::from_secs(600);
+/// Between two looks.
+const LOOK: Duration = Duration::from_secs(30);
+/// Revisions that are remembered as recorded.
+const MAX_RECORDED: usize = 1024;
+
+/// Opens the audit log.
+///
+/// # Errors
+/// `CannotWrite`.
+pub(crate) fn open_audit(config: &Config) -> Result<Audit, Failure> {
+    let folder = config.state_dir.join("audit");
+    Audit::open(&folder, MAX_FILE_BYTES)
+        .with_context(|| format!("audit log {}", folder.display()))
+        .map_err(failure(Exit::CannotWrite))
+}
+
+/// Writes one line now. A line that cannot be written is logged: results matter more.
+pub(crate) fn note(node: &NodeState, event: &Event<'_>) {
+    if let Err(error) = node.audit.record(event, jiff::Timestamp::now()) {
+        tracing::error!(%error, "the audit log cannot be written");
+    }
+}
+
+/// Notes that the node works, with the model that it has.
+pub(crate) fn started(node: &NodeState) {
+    let model = node.model.borrow().clone();
+    note(
+        node,
+        &Event::Started {
+            version: env!("CARGO_PKG_VERSION"),
+            model: &model.name,
+            self_test: &model.self_test,
+        },
+    );
+}
+
+/// Notes that the model before was brought back by the node itself.
+pub(crate) fn rolled_back(node: &NodeState) {
+    let state = node.models.state().unwrap_or_default();
+    let digest = state.current.map(|entry| entry.digest).unwrap_or_default();
+    note(
+        node,
+        &Event::Model {
+            change: "rolled_back_by_itself",
+            digest: &digest,
+        },
+    );
+}
+
+/// Begins to follow.
+pub(crate) fn start(node: &Arc<NodeState>) -> JoinHandle<()> {
+    let node = Arc::clone(node);
+    tokio::spawn(async move { follow(&node).await })
+}
+
+/// Ends following, confirms the model, because a stop in order is no crash, and notes the end.
+pub(crate) async fn stopped(node: &Arc<NodeState>, watching: JoinHandle<()>) {
+    watching.abort();
+    // Aborted is what it should be.
+    drop(watching.await);
+    confirm(node).await;
+    note(node, &Event::Stopped);
+}
+
+async fn follow(node: &Arc<NodeState>) {
+    let mut changes = node.changed.subscribe();
+    let mut recorded = VecDeque::with_capacity(MAX_RECORDED);
+    let mut is_confirmed = false;
+    let mut look = tokio::time::interval(LOOK);
+    loop {
+        tokio::select! {
+            change = changes.recv() => match change {
+                Ok(change) if change.is_said => said(node, change.study_uid, &mut recorded).await,
+                Ok(_) => {}
+                Err(RecvError::Lagged(n_missed)) => {
+                    tracing::warn!(n_missed, "decisions came too fast for the audit log");
+                }
+                Err(RecvError::Closed) => return,
+            },
+            _ = look.tick() => {
+                node.slices.rest();
+                let has_served = node.counters.counts().n_analysed >= SERVED_SLICES
+                    || node.started.elapsed() >= SERVED_TIME;
+                if !is_confirmed && has_served {
+                    confirm(node).await;
+                    is_confirmed = true;
+                }
+            }
+        }
+    }
+}
+
+async fn confirm(node: &Arc<NodeState>) {
+    let models = node.models.clone();
+    match tokio::task::spawn_blocking(move || models.confirm()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(%error, "the model cannot be confirmed"),
+        Err(error) => tracing::error!(%error, "the model cannot be confirmed"),
+    }
+}
+
+/// Records a revision once.
+async fn said(node: &Arc<NodeState>, study_uid: Uid, recorded: &mut VecDeque<(Uid, u32)>) {
+    let store = Arc::clone(&node.store);
+    let wanted = study_uid.clone();
+    let read = tokio::task::spawn_blocking(move || store.study(&wanted)).await;
+    let Ok(Ok(Some(result))) = read else {
+        // Forgotten in the meantime, or the store says by itself what is wrong with it.
+        return;
+    };
+    let revision = (study_uid, result.revision);
+    if recorded.contains(&revision) {
+        return;
+    }
+    if recorded.len() == MAX_RECORDED {
+        recorded.pop_front();
+    }
+    recorded.push_back(revision);
+    let Some((outcome, event)) = decided(&result) else {
+        return;
+    };
+    node.metrics
+        .results
+        .get_or_create(&Decided { outcome })
+        .inc();
+    note(node, &event);
+}
+
+/// A result as a line; `None` while nothing is said.
+fn decided(result: &StudyResult) -> Option<(DecidedOutcome, Event<'_>)> {
+    let is_complete = result.state == State::Complete;
+    let (counted, outcome, code) = match &result.outcome {
+        Outcome::Pending => return None,
+        Outcome::Positive if is_complete => (DecidedOutcome::positive, "positive", None),
+        Outcome::Positive => (DecidedOutcome::provisional, "positive", None),
+        Outcome::NotDetected => (DecidedOutcome::not_detected, "not_detected", None),
+        Outcome::NotAnalysed { code, .. } => (
+            DecidedOutcome::not_analysed,
+            "not_analysed",
+            Some(code.as_str()),
+        ),
+    };
+    let event = Event::Decided {
+        study_uid: &result.study_uid,
+        revision: result.revision,
+        state: if is_complete {
+            "complete"
+        } else {
+            "provisional"
+        },
+        outcome,
+        code,
+        score: result.score,
+        n_slices: result.slices.len(),
+        n_analysed: result.n_analysed(),
+        model: &result.model.name,
+    };
+    Some((counted, event))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::example;
+
+    #[test]
+    fn a_decision_is_recorded_without_the_patient() {
+        for result in example::studies() {
+            let Some((_, event)) = decided(&result) else {
+                assert_eq!(result.outcome, Outcome::Pending);
+                continue;
+            };
+            let line = serde_json::to_string(&event).unwrap();
+            assert!(line.contains(result.study_uid.as_str()));
+            for element in &result.patient.elements {
+                let value = String::from_utf8_lossy(&element.value).into_owned();
+                assert!(!line.contains(&value), "{value} in {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_provisional_positive_is_told_from_a_final_one() {
+        let mut result = example::study(1, "A^B", 9, Some(4));
+        assert_eq!(decided(&result).unwrap().0, DecidedOutcome::positive);
+        result.state = State::Provisional;
+        assert_eq!(decided(&result).unwrap().0, DecidedOutcome::provisional);
+    }
+}
