@@ -63,7 +63,7 @@ pub(crate) struct NodeState {
     /// Reads slices for the page.
     pub(crate) slices: page::slices::Slices,
     /// Who sent what, and what was decided.
-    pub(crate) audit: Audit,
+    pub(crate) audit: Arc<Audit>,
     /// The models installed.
     pub(crate) models: ModelStore,
 }
@@ -123,13 +123,14 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         .with_context(|| format!("DICOM port {address}"))
         .map_err(failure(Exit::Unavailable))?;
     let dicom_address = listener.address().map_err(failure(Exit::Unavailable))?;
-    let audit = operate::watch::open_audit(&config)?;
+    let audit = Arc::new(operate::watch::open_audit(&config)?);
     let models = ModelStore::new(&config.state_dir);
     let (page_listener, page_settings) = page_listener(&config).await?;
     let (reload, config) = watch::channel(Arc::new(config));
     let (stop, stopping) = watch::channel(false);
     let (tls, identity) = watch::channel(load_tls(&config.borrow())?);
     let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone(), identity));
+    intake.visitors.audit_to(Arc::clone(&audit));
     let node = Arc::new(NodeState {
         spool,
         config,

@@ -22,6 +22,7 @@ use super::store::Store;
 use super::wire::{MAX_PDU_BYTES, MAX_REQUEST_BYTES, Patience, Wire, WireError};
 use super::{Intake, part10};
 use crate::config::{Config, Limits};
+use crate::operate::visitors::Visit;
 
 const ASSOCIATE_RQ: u8 = 0x01;
 const P_DATA: u8 = 0x04;
@@ -93,6 +94,8 @@ struct Association<S> {
     calling_ae: String,
     max_pdu_bytes: u32,
     message: Message,
+    /// Counts what it sends.
+    visit: Visit,
     /// Given back when the association ends.
     _slot: Slot,
 }
@@ -120,7 +123,13 @@ pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let within = around.config.limits.pdu_timeout;
     let request = request(&mut wire, &around).await;
     let accepted = match request {
-        Ok(request) => accept(&request, &around).map(|accepted| (accepted, request)),
+        Ok(request) => accept(&request, &around)
+            .inspect_err(|ending| {
+                let calling_ae = &request.calling_ae_title;
+                let visitors = &around.intake.visitors;
+                visitors.turned_away(calling_ae, around.address, &ending.to_string());
+            })
+            .map(|accepted| (accepted, request)),
         Err(ending) => Err(ending),
     };
     let ((answer, contexts, max_pdu_bytes, slot), request) = match accepted {
@@ -135,6 +144,9 @@ pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     intake.counters.associations.add();
     tracing::info!(calling_ae = %request.calling_ae_title, address = %around.address, contexts = contexts.len(), "association accepted");
     let mut association = Association {
+        visit: intake
+            .visitors
+            .enter(&request.calling_ae_title, around.address),
         wire,
         around,
         contexts,
@@ -411,11 +423,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Association<S> {
         let (request, done) = store.finish(&self.around.intake).await;
         match done {
             Ok(sequence) => {
+                self.visit.stored();
                 tracing::debug!(sequence, sop_uid = %request.sop_instance_uid, "object stored");
                 self.respond(context_id, &request, Status::Success, "")
                     .await
             }
             Err(refusal) => {
+                self.visit.refused();
                 let status = format!("{:04x}", refusal.status as u16);
                 tracing::warn!(%status, reason = refusal.comment, calling_ae = %self.calling_ae, "object refused");
                 self.respond(context_id, &request, refusal.status, refusal.comment)

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::watch;
 
 use crate::config::Config;
+use crate::operate::visitors::Visitors;
 pub(crate) use listener::Listener;
 use spool::Spool;
 
@@ -39,6 +40,8 @@ pub(crate) struct Intake {
     pub(crate) slots: admit::Slots,
     /// DICOM over TLS, where configured; a new one counts for the next connection.
     pub(crate) tls: watch::Receiver<Option<tls::Identity>>,
+    /// Who came.
+    pub(crate) visitors: Arc<Visitors>,
 }
 
 impl Intake {
@@ -54,6 +57,7 @@ impl Intake {
             counters: Counters::default(),
             slots: admit::Slots::default(),
             tls,
+            visitors: Arc::default(),
         }
     }
 }

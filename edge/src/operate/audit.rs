@@ -38,16 +38,16 @@ pub(crate) enum Event<'a> {
         /// Whether the new one is in force.
         is_in_force: bool,
     },
-    /// An association was asked for.
+    /// An association was asked for and turned away.
     Association {
         /// As it calls itself.
         calling_ae: &'a str,
         /// Where it comes from.
         address: &'a str,
-        /// Accepted, or why not.
+        /// Why.
         answer: &'a str,
     },
-    /// An association ended.
+    /// An association that sent objects ended.
     Received {
         /// As it called itself.
         calling_ae: &'a str,
@@ -57,8 +57,6 @@ pub(crate) enum Event<'a> {
         n_objects: u64,
         /// Objects refused.
         n_refused: u64,
-        /// Bytes of them.
-        n_bytes: u64,
     },
     /// A result was decided.
     Decided {
@@ -91,6 +89,11 @@ pub(crate) enum Event<'a> {
         channel: &'a str,
         /// `delivered` or `dead`.
         how: &'a str,
+    },
+    /// A study's results were deleted by age.
+    Deleted {
+        /// The study.
+        study_uid: &'a Uid,
     },
     /// A model was installed or taken back.
     Model {

@@ -5,9 +5,6 @@
 use std::fs;
 use std::path::Path;
 
-/// A year before which no build of this program existed, as Unix time in ms: a board without a battery wakes in 1970.
-const EARLIEST_MS: i64 = 1_767_225_600_000;
-
 /// The highest temperature of the processor's zones, in degrees Celsius (Linux Documentation/ABI/testing/sysfs-class-thermal).
 pub(crate) fn temperature_celsius() -> Option<f32> {
     highest(Path::new("/sys/class/thermal"))
@@ -34,7 +31,7 @@ pub(crate) fn disk_bytes(path: &Path) -> Option<(u64, u64)> {
 
 /// Whether a time can be the present.
 pub(crate) fn is_clock_plausible(unix_ms: i64) -> bool {
-    unix_ms >= EARLIEST_MS
+    crate::intake::retention::is_clock_trusted(unix_ms)
 }
 
 #[cfg(test)]

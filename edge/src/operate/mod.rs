@@ -3,7 +3,7 @@
 //! [`metrics`] are the counters that every stage increments, scraped at `/metrics`; [`status`] is `/api/status` and `edge status`; [`audit`] and [`log`] write
 //! what happened; [`systemd`] tells the service manager; [`model_store`] keeps the models. An operator's commands ([`command`]) are [`ask`] (`edge status`), [`doctor`],
 //! [`ping`], [`demo`], [`model_command`] and [`generate`]; [`board`] is what the machine says of itself; [`watch`] follows
-//! the running node for the audit log. Nothing here holds patient data.
+//! the running node for the audit log, [`visitors`] its peers. Nothing here holds patient data.
 
 pub(crate) mod ask;
 pub(crate) mod audit;
@@ -19,6 +19,7 @@ pub(crate) mod model_store;
 pub(crate) mod ping;
 pub(crate) mod status;
 pub(crate) mod systemd;
+pub(crate) mod visitors;
 pub(crate) mod watch;
 
 use std::io::Write;

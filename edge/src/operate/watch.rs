@@ -15,6 +15,7 @@ use super::audit::{Audit, Event, MAX_FILE_BYTES};
 use super::metrics::{Decided, DecidedOutcome};
 use crate::config::Config;
 use crate::exit::{Exit, Failure, failure};
+use crate::intake::{retention, unix_ms};
 use crate::result::{Outcome, State, StudyResult};
 use crate::serve::NodeState;
 
@@ -24,6 +25,8 @@ const SERVED_SLICES: u64 = 10;
 const SERVED_TIME: Duration = Duration::from_secs(600);
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(30);
+/// Between two looks for studies that are too old.
+const FORGET_EVERY: Duration = Duration::from_secs(600);
 /// Revisions that are remembered as recorded.
 const MAX_RECORDED: usize = 1024;
 
@@ -90,6 +93,7 @@ async fn follow(node: &Arc<NodeState>) {
     let mut changes = node.changed.subscribe();
     let mut recorded = VecDeque::with_capacity(MAX_RECORDED);
     let mut is_confirmed = false;
+    let mut forgotten = tokio::time::Instant::now();
     let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
@@ -103,6 +107,10 @@ async fn follow(node: &Arc<NodeState>) {
             },
             _ = look.tick() => {
                 node.slices.rest();
+                if forgotten.elapsed() >= FORGET_EVERY {
+                    forgotten = tokio::time::Instant::now();
+                    forget(node).await;
+                }
                 let has_served = node.counters.counts().n_analysed >= SERVED_SLICES
                     || node.started.elapsed() >= SERVED_TIME;
                 if !is_confirmed && has_served {
@@ -111,6 +119,31 @@ async fn follow(node: &Arc<NodeState>) {
                 }
             }
         }
+    }
+}
+
+/// Deletes results of studies that are older than the maximum age. By an untrusted clock nothing is.
+async fn forget(node: &Arc<NodeState>) {
+    let config = Arc::clone(&node.config.borrow());
+    let Some(oldest_ms) = retention::oldest_allowed_ms(unix_ms(), &config.retention) else {
+        return;
+    };
+    let first_kept = node.spool.sequences_after(0).next().unwrap_or(0);
+    let store = Arc::clone(&node.store);
+    let forgotten =
+        tokio::task::spawn_blocking(move || store.forget(oldest_ms, first_kept.saturating_sub(1)));
+    match forgotten.await {
+        Ok(Ok(studies)) if studies.is_empty() => {}
+        Ok(Ok(studies)) => {
+            tracing::info!(n_studies = studies.len(), "studies deleted by age");
+            for study_uid in &studies {
+                note(node, &Event::Deleted { study_uid });
+            }
+            // An error means that nobody watches.
+            drop(node.page_changed.send(()));
+        }
+        Ok(Err(error)) => tracing::error!(%error, "old studies cannot be deleted"),
+        Err(error) => tracing::error!(%error, "old studies cannot be deleted"),
     }
 }
 

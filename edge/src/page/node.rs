@@ -9,6 +9,7 @@ use crate::intake::unix_ms;
 use crate::operate::board;
 use crate::operate::metrics::Counts;
 use crate::operate::status::{Peer, Status};
+use crate::operate::visitors::Visitors;
 use crate::serve::NodeState;
 
 /// What the page shows of `node`.
@@ -108,7 +109,8 @@ fn status(node: &NodeState) -> Status {
         is_accepting: room.is_ok(),
         associations_open: node.intake.slots.open() as u64,
         workers_replaced: counts.workers_replaced,
-        peers: peers(&config),
+        peers: peers(&config, &node.intake.visitors),
+        certificate_expires_s: certificate_expires_s(node),
         temperature_celsius: board::temperature_celsius(),
         is_clock_trusted: board::is_clock_plausible(unix_ms()),
         uptime_s: node.started.elapsed().as_secs(),
@@ -156,13 +158,28 @@ fn judge(status: &mut Status) {
     .into();
 }
 
-fn peers(config: &Config) -> Vec<Peer> {
-    let senders = config.peers.iter().map(|(name, peer)| Peer {
+fn certificate_expires_s(node: &NodeState) -> Option<i64> {
+    node.intake.tls.borrow().as_ref()?.expires_s
+}
+
+/// Who was heard, who is listed and silent, and where results go.
+fn peers(config: &Config, visitors: &Visitors) -> Vec<Peer> {
+    let seen = visitors.seen();
+    let heard = seen.iter().map(|((ae_title, address), seen)| Peer {
+        ae_title: ae_title.clone(),
+        address: address.to_string(),
+        role: "sends".into(),
+        last_seen_ms: Some(seen.last_ms),
+        n_objects: seen.n_objects,
+    });
+    let is_silent = |name: &str| !seen.iter().any(|((title, _), _)| title.trim() == name);
+    let silent = config.peers.iter().filter(|(name, _)| is_silent(name));
+    let silent = silent.map(|(name, peer)| Peer {
         ae_title: name.clone(),
         address: peer
             .addresses
             .iter()
-            .map(|network| format!("{network}"))
+            .map(ToString::to_string)
             .collect::<Vec<_>>()
             .join(", "),
         role: "sends".into(),
@@ -174,7 +191,7 @@ fn peers(config: &Config) -> Vec<Peer> {
         role: "receives".into(),
         ..Peer::default()
     });
-    senders.chain(receivers).collect()
+    heard.chain(silent).chain(receivers).collect()
 }
 
 #[cfg(test)]
