@@ -10,9 +10,10 @@ use shared::phantom::{Finding, StudyPlan, UidRole};
 use shared::preprocess::Preprocessor;
 use shared::spec::PreprocessSpec;
 use shared::{CHANNELS, SIDE, TENSOR_BYTES};
-use trainer::export::{Weight, Weights, float_model};
+use trainer::export::{float_model, weights_of};
 use trainer::network::Network;
-use trainer::{architecture, onnx, quantize};
+use trainer::onnx::{self, ModelProto};
+use trainer::{architecture, quantize};
 
 /// Candle and tract sum in different orders: 115,200 products of f32 at most, so a few units in the fifth digit.
 const FLOAT_TOLERANCE: f32 = 1e-4;
@@ -24,8 +25,38 @@ const INT8_TOLERANCE: f32 = 0.05;
 /// Slices of the images: positive and negative studies alternate.
 const N_IMAGES: u32 = 12;
 
-/// u8 `[N_IMAGES, 3, 256, 256]` from phantoms.
+/// Real slices that are added where `PE_EDGE_REAL_DATA` names the folder that holds them.
+const N_REAL: usize = 4;
+const REAL_SERIES: &str = "chest_ct_contrast_series";
+
+/// u8 `[n, 3, 256, 256]` from phantoms, and from a real series where there is one.
 fn images() -> Vec<u8> {
+    let mut images = phantoms();
+    images.extend(real_slices());
+    images
+}
+
+fn real_slices() -> Vec<u8> {
+    let Some(folder) = std::env::var_os("PE_EDGE_REAL_DATA") else {
+        return Vec::new();
+    };
+    let folder = std::path::Path::new(&folder).join(REAL_SERIES);
+    let files = std::fs::read_dir(&folder).unwrap();
+    let mut files: Vec<_> = files.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let mut preprocessor = Preprocessor::new(&PreprocessSpec::default()).unwrap();
+    let mut images = vec![0; N_REAL * TENSOR_BYTES];
+    for (index, image) in images.chunks_exact_mut(TENSOR_BYTES).enumerate() {
+        let bytes = std::fs::read(&files[index * files.len() / N_REAL]).unwrap();
+        let object = shared::dicom::read(&bytes).unwrap();
+        let slice = object.frame(0).unwrap();
+        preprocessor.tensor(&slice.pixels(), image).unwrap();
+    }
+    images
+}
+
+/// u8 `[N_IMAGES, 3, 256, 256]` from phantoms.
+fn phantoms() -> Vec<u8> {
     let mut preprocessor = Preprocessor::new(&PreprocessSpec::default()).unwrap();
     let mut images = vec![0; N_IMAGES as usize * TENSOR_BYTES];
     for (index, image) in (0..N_IMAGES).zip(images.chunks_exact_mut(TENSOR_BYTES)) {
@@ -42,18 +73,6 @@ fn images() -> Vec<u8> {
     images
 }
 
-fn weights(network: &Network) -> Weights {
-    let weight = |variable: &Tensor| Weight {
-        shape: variable.dims().to_vec(),
-        values: variable.flatten_all().unwrap().to_vec1().unwrap(),
-    };
-    network
-        .parameters()
-        .iter()
-        .map(|p| (p.name.clone(), weight(&p.variable)))
-        .collect()
-}
-
 fn engine_logits(file: &[u8], images: &[u8]) -> Vec<f32> {
     let mut logits = vec![0.0; images.len() / TENSOR_BYTES];
     let model = Model::load(
@@ -68,12 +87,14 @@ fn engine_logits(file: &[u8], images: &[u8]) -> Vec<f32> {
     logits
 }
 
+/// Candle's logits of `images` and the exported file, once tract agreed.
 #[track_caller]
-fn check(name: &str, width: f64) {
+fn check_float(name: &str, width: f64, images: &[u8]) -> (Vec<f32>, ModelProto) {
     let network = Network::new(architecture::find(name).unwrap(), width, 11, &Device::Cpu).unwrap();
-    let images = images();
     let shape = (images.len() / TENSOR_BYTES, CHANNELS, SIDE, SIDE);
-    let batch = Tensor::from_vec(images.clone(), shape, &Device::Cpu).unwrap();
+    let batch = Tensor::from_slice(images, shape, &Device::Cpu).unwrap();
+    // Statistics for the transfer learners' random weights.
+    network.settle(&batch).unwrap();
     let candle: Vec<f32> = network
         .forward(&batch)
         .unwrap()
@@ -82,8 +103,13 @@ fn check(name: &str, width: f64) {
         .to_vec1()
         .unwrap();
 
-    let float = float_model(network.architecture(), width, &weights(&network)).unwrap();
-    let tract = engine_logits(&onnx::write(&float).unwrap(), &images);
+    let float = float_model(
+        network.architecture(),
+        width,
+        &weights_of(&network).unwrap(),
+    );
+    let float = float.unwrap();
+    let tract = engine_logits(&onnx::write(&float).unwrap(), images);
     for (candle, tract) in candle.iter().zip(&tract) {
         let allowed = FLOAT_TOLERANCE * candle.abs().max(1.0);
         assert!(
@@ -91,7 +117,13 @@ fn check(name: &str, width: f64) {
             "{name}: candle {candle}, tract {tract}"
         );
     }
+    (candle, float)
+}
 
+#[track_caller]
+fn check(name: &str, width: f64) {
+    let images = images();
+    let (candle, float) = check_float(name, width, &images);
     let calibration: Vec<&[u8]> = images.chunks_exact(TENSOR_BYTES).collect();
     let (int8, _) =
         quantize::quantize_model(&float, &calibration, &quantize::Options::default(), &|| ())
@@ -115,6 +147,13 @@ fn final_model_gives_the_same_logits_in_candle_tract_and_int8() {
 #[test]
 fn a_two_convolution_model_gives_the_same_logits_in_candle_tract_and_int8() {
     check("two-conv", 1.0 / 32.0);
+}
+
+#[test]
+fn transfer_learners_give_the_same_logits_in_candle_and_tract() {
+    let images = images();
+    check_float("resnet50", 1.0 / 32.0, &images);
+    check_float("inception-v3", 1.0 / 32.0, &images);
 }
 
 #[test]

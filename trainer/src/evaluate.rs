@@ -215,6 +215,9 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
         (None, None) => PathBuf::from("."),
     };
     write_all(&evaluation, &cache, predictor.manifest(), &out)?;
+    if predictor.manifest().is_none() {
+        write_manifest(&args.model, &evaluation, &cache, &out)?;
+    }
     let mut stdout = std::io::stdout().lock();
     if args.json {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&evaluation)?)?;
@@ -223,6 +226,21 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
         writeln!(stdout, "report: {}", out.join("report.html").display())?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes `manifest.json` of a weights file into `out`: `trainer export --run` takes figures and operating points from there.
+fn write_manifest(
+    weights: &Path,
+    evaluation: &Evaluation,
+    cache: &Cache,
+    out: &Path,
+) -> Result<()> {
+    let (architecture, width, _) = crate::export::read_weights(weights)?;
+    let mut manifest = crate::export::new_manifest(architecture, width);
+    complete(&mut manifest, evaluation, cache);
+    let path = out.join("manifest.json");
+    write_atomically(&path, manifest.to_json().as_bytes())
+        .with_context(|| format!("writing {}", path.display()))
 }
 
 /// Writes `metrics.json`, `report.html`, the plots and `model-card.md` into `out`.
