@@ -2,7 +2,7 @@
 //!
 //! `run MODEL IMAGES [KERNEL [THREADS]]`: `IMAGES` holds u8 images one after the other. Prints load time, resident memory and the bits of each
 //! logit, then reads lines from standard input: a number `N` runs `N` images and prints their times in microseconds,
-//! `explain` prints the time of each layer.
+//! `explain` prints the time of each layer, `idle` the share of columns that needed no computing.
 
 use std::io::{BufRead as _, Write as _};
 use std::time::Instant;
@@ -44,6 +44,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let line = line?;
         if line == "explain" {
             write!(out, "{}", model.explain()?)?;
+        } else if line == "idle" {
+            writeln!(out, "{:.4}", session.idle_share().unwrap_or_default())?;
         } else {
             for image in images.by_ref().take(line.parse()?) {
                 let started = Instant::now();

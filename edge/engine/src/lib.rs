@@ -12,12 +12,14 @@ mod contributions;
 mod convolution;
 mod explain;
 mod graph;
+mod idle;
 pub mod kernels;
 pub mod model;
 mod network;
 mod operator;
 mod partial;
 mod patches;
+mod rows;
 mod session;
 mod tract;
 

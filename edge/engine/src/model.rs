@@ -257,6 +257,13 @@ impl Session {
         Ok(())
     }
 
+    /// Share, 0 to 1, of the pooled columns of the first convolutions that needed no computing so far, because all that they see is of one
+    /// value; on several threads that of the calling one. `None` before the first run and where tract runs the network.
+    #[must_use]
+    pub fn idle_share(&self) -> Option<f64> {
+        self.runner.as_ref()?.idle_share()
+    }
+
     /// Where the logit of the latest image comes from.
     ///
     /// `None` before the first run, where tract runs the network, and for networks without exactly two dense layers.

@@ -22,6 +22,13 @@ pub(crate) fn patch_bytes(channels: usize) -> usize {
     LINES * bytes_per_line(channels)
 }
 
+/// Fills patches with those of an image of one value a channel.
+pub(crate) fn fill(patches: &mut [u8], value: &[u8]) {
+    for (index, pixels) in patches.chunks_mut(KERNEL_SIDE).enumerate() {
+        pixels.fill(value[index % value.len()]);
+    }
+}
+
 /// One filter from `[channel, row, column]` to the order of a patch.
 pub(crate) fn arrange_filter(from: &[u8], to: &mut [u8], channels: usize) {
     for (index, taps) in from.chunks_exact(KERNEL_SIDE).enumerate() {

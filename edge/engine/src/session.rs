@@ -17,12 +17,16 @@ use std::time::Duration;
 use shared::quantize::requantize;
 
 use crate::contributions::{Contributions, divide};
-use crate::kernels::{self, ConvRow, WinogradRow, WinogradScratch, cpu_time};
+use crate::idle::Idle;
+use crate::kernels::{self, WinogradScratch, cpu_time};
 use crate::network::{Convolution, KERNEL_SIDE, Network, Weights};
-use crate::patches::{self, gather_patches};
+use crate::rows::{first_row, pooled_row, pooled_row_of_image};
 
 /// Input rows under a pooled row of a 3 x 3 convolution; also the size of the ring.
 const STRIP_ROWS: usize = KERNEL_SIDE + 1;
+
+/// Image rows under the last pooled row of the second convolution, beyond the four of its step.
+const FIELD_BELOW: usize = 6;
 
 /// Buffers and threads that run one network.
 #[derive(Debug)]
@@ -64,6 +68,7 @@ struct Worker {
     features: Vec<u8>,
     sums: Vec<i32>,
     scratch: WinogradScratch,
+    idle: Idle,
     /// CPU time spent in each layer, convolutions first, where it is measured.
     times: Option<Vec<Duration>>,
 }
@@ -162,6 +167,13 @@ impl Runner {
         ))
     }
 
+    /// Share of the columns of the first two convolutions that this session did not have to compute, on the calling thread.
+    pub(crate) fn idle_share(&self) -> Option<f64> {
+        let [looked, constant] = self.worker.idle.counts;
+        #[expect(clippy::cast_precision_loss, reason = "a share for people")]
+        (looked > 0).then(|| constant as f64 / looked as f64)
+    }
+
     /// Bytes of activations that the session holds, all threads together.
     pub(crate) fn activation_bytes(&self) -> usize {
         let rows =
@@ -242,6 +254,7 @@ impl Worker {
                     .unwrap_or(0)
             ],
             scratch,
+            idle: Idle::new(network),
             times: None,
         }
     }
@@ -278,19 +291,19 @@ impl Worker {
 
     /// Rows of the only convolution.
     fn first_map(&mut self, network: &Network, image: &[u8], map: &FeatureMap, rows: Range<usize>) {
+        self.idle.look(image, 2 * rows.start..2 * rows.end + 2);
         for row in rows {
             let started = self.times.is_some().then(cpu_time);
             let mut out = map.rows[row]
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            first_row(
-                network,
-                image,
-                row,
-                &mut self.patches,
-                &mut self.scratch,
-                &mut out,
-            );
+            let Self {
+                patches,
+                idle,
+                scratch,
+                ..
+            } = self;
+            first_row(network, image, row, patches, idle, scratch, &mut out);
             self.clock(0, started);
         }
     }
@@ -303,18 +316,22 @@ impl Worker {
         map: &FeatureMap,
         rows: Range<usize>,
     ) {
+        let started = self.times.is_some().then(cpu_time);
+        self.idle
+            .look(image, 4 * rows.start..4 * rows.end + FIELD_BELOW);
+        self.clock(0, started);
         let mut next = 2 * rows.start;
         for row in rows {
             let started = self.times.is_some().then(cpu_time);
             for first in next..2 * row + STRIP_ROWS {
-                first_row(
-                    network,
-                    image,
-                    first,
-                    &mut self.patches,
-                    &mut self.scratch,
-                    &mut self.ring[first % STRIP_ROWS],
-                );
+                let Self {
+                    patches,
+                    idle,
+                    scratch,
+                    ..
+                } = self;
+                let out = &mut self.ring[first % STRIP_ROWS];
+                first_row(network, image, first, patches, idle, scratch, out);
             }
             next = 2 * row + STRIP_ROWS;
             self.clock(0, started);
@@ -325,7 +342,8 @@ impl Worker {
             let mut out = map.rows[row]
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            pooled_row(network, 1, &strip, &mut self.scratch, &mut out);
+            let Self { idle, scratch, .. } = self;
+            pooled_row_of_image(network, image, 1, row, &strip, idle, scratch, &mut out);
             self.clock(1, started);
         }
     }
@@ -402,61 +420,6 @@ impl Worker {
 )]
 fn to_logit(sum: i32, scale: f32) -> f32 {
     sum as f32 * scale
-}
-
-/// One pooled row of the first convolution.
-fn first_row(
-    network: &Network,
-    image: &[u8],
-    row: usize,
-    patches: &mut [u8],
-    scratch: &mut WinogradScratch,
-    out: &mut [u8],
-) {
-    gather_patches(network.image, image, 2 * row, patches);
-    let bottom = patches::bytes_per_line(network.image[0]);
-    pooled_row(network, 0, &[patches, &patches[bottom..]], scratch, out);
-}
-
-/// One pooled row of a convolution, all channels.
-fn pooled_row(
-    network: &Network,
-    layer: usize,
-    rows: &[&[u8]],
-    scratch: &mut WinogradScratch,
-    out: &mut [u8],
-) {
-    let convolution = &network.convolutions[layer];
-    let (column_bytes, n_columns) = (convolution.column_bytes, convolution.pooled[1]);
-    let out_stride = convolution.channel_stride();
-    match (&convolution.weights, rows) {
-        (Weights::Winograd(layer), &[a, b, c, d]) => {
-            let row = WinogradRow {
-                layer,
-                rows: [a, b, c, d],
-                column_bytes,
-                n_columns,
-                out_stride,
-            };
-            kernels::winograd_row(network.kernel, &row, scratch, out);
-        }
-        (Weights::Winograd(_), _) => unreachable!("a 3 x 3 layer reads four rows"),
-        (Weights::Direct(blocks), _) => {
-            for block in blocks {
-                let row = ConvRow {
-                    rows,
-                    column_bytes,
-                    kernel_row_bytes: convolution.kernel_row_bytes,
-                    weights: &block.weights,
-                    bias: &block.bias,
-                    scale: &block.scale,
-                    n_columns,
-                    out_stride,
-                };
-                kernels::conv_row(network.kernel, &row, &mut out[block.first_channel..]);
-            }
-        }
-    }
 }
 
 /// The last feature map in the order of the dense weights: `[channel, row, column]`.

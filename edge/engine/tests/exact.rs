@@ -68,3 +68,54 @@ fn the_narrowest_network_is_exact() {
 fn full_blocks_of_channels_are_exact() {
     check(5, [3, 38, 38], &[64, 32, 16], &[32, 1]);
 }
+
+/// Images with regions of one value: of which the engine computes nothing, which must not show.
+#[test]
+fn constant_regions_are_exact() {
+    let image = [3, 46, 58];
+    let network = Network::random(6, image, &[24, 16, 8], &[5, 1]);
+    let file = network.file();
+    let mut random = Random::new(7);
+    for case in 0..6_usize {
+        let mut pixels = random.bytes(image.iter().product());
+        for (channel, plane) in pixels.chunks_exact_mut(46 * 58).enumerate() {
+            for (position, pixel) in plane.iter_mut().enumerate() {
+                let (row, column) = (position / 58, position % 58);
+                let value = match case {
+                    0 => Some(0),
+                    1 => (column < 37).then_some(59),
+                    2 => (row >= 20).then_some(if column < 30 { 3 } else { 200 }),
+                    3 => ((5..40).contains(&row) && (7..50).contains(&column))
+                        .then_some(9 * (row / 12)),
+                    4 => (row % 23 != 11).then_some(row / 24),
+                    _ => (row * 58 + column < 1900 || channel == 0).then_some(77),
+                };
+                if let Some(value) = value {
+                    *pixel = (value * (channel + 1)) as u8;
+                }
+            }
+        }
+        let expected = network.logit(&pixels).to_bits();
+        for kernel in Kernel::available() {
+            for threads in [1, 3] {
+                let options = Options {
+                    kernel: Some(kernel),
+                    threads,
+                };
+                let mut session = Model::load(&file, &options).unwrap().session();
+                let mut logit = [0.0];
+                session.logits(&pixels, &mut logit).unwrap();
+                assert_eq!(
+                    logit[0].to_bits(),
+                    expected,
+                    "case {case}, {kernel}, {threads} threads"
+                );
+                let share = session.idle_share().unwrap();
+                assert!(
+                    share > 0.0 || case == 5 || threads > 1,
+                    "case {case} has idle work"
+                );
+            }
+        }
+    }
+}
