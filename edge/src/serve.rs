@@ -25,7 +25,8 @@ use crate::intake::{Intake, Listener, retention, tls, watch_folder};
 use crate::operate::audit::{Audit, Event};
 use crate::operate::metrics::Metrics;
 use crate::operate::model_store::ModelStore;
-use crate::{operate, page};
+use crate::send::outbox::Outbox;
+use crate::{operate, page, send};
 
 /// Threads of the runtime; the network and the worker have their own.
 const RUNTIME_THREADS: usize = 2;
@@ -46,6 +47,8 @@ pub(crate) struct NodeState {
     pub(crate) intake: Arc<Intake>,
     /// What was decided.
     pub(crate) store: Arc<Store>,
+    /// What is to be told.
+    pub(crate) outbox: Arc<Outbox>,
     /// What deciding has counted.
     pub(crate) counters: Arc<Counters>,
     /// The model and its self-test.
@@ -118,6 +121,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let mut signals = Signals::new().map_err(failure(Exit::Unavailable))?;
     let spool = open_spool(&config)?;
     let store = decide::node::open_store(&config)?;
+    let outbox = send::node::open_outbox(&store)?;
     let address = SocketAddr::new(config.dicom_bind, config.dicom_port);
     let listener = Listener::bind(address)
         .with_context(|| format!("DICOM port {address}"))
@@ -136,6 +140,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         config,
         intake,
         store,
+        outbox,
         counters: Arc::default(),
         model: watch::Sender::default(),
         changed: broadcast::Sender::new(CHANGES),
@@ -162,6 +167,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     operate::systemd::ready(&format!("listening on {dicom_address}"));
     tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
     let watching = operate::watch::start(&node);
+    let sending = send::node::start(&node)?;
     let deciding = decide::node::start(&node).await?;
     operate::watch::started(&node);
     loop {
@@ -182,6 +188,9 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         .await
         .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
     tokio::task::spawn_blocking(move || deciding.stop())
+        .await
+        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
+    sending
         .await
         .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
     operate::watch::stopped(&node, watching).await;

@@ -10,6 +10,7 @@ use crate::operate::board;
 use crate::operate::metrics::Counts;
 use crate::operate::status::{Peer, Status};
 use crate::operate::visitors::Visitors;
+use crate::send;
 use crate::serve::NodeState;
 
 /// What the page shows of `node`.
@@ -86,6 +87,7 @@ fn status(node: &NodeState) -> Status {
     let counts = counts(node);
     let room = node.spool.room();
     let model = node.model.borrow().clone();
+    let letters = send::node::counts(&node.outbox);
     let (studies, positive_studies) = read(node.store.count_studies());
     let cursor = node.counters.counts().cursor;
     let mut status = Status {
@@ -98,6 +100,8 @@ fn status(node: &NodeState) -> Status {
         waiting: node.spool.latest().borrow().saturating_sub(cursor),
         studies,
         positive_studies,
+        outbox_waiting: letters.waiting,
+        dead_letters: letters.dead,
         model: model.name,
         model_digest: model.digest,
         model_notice: model.notice,

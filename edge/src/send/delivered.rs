@@ -37,6 +37,21 @@ pub(super) struct Node {
     _stop: watch::Sender<bool>,
 }
 
+/// The channels that are open with these receivers.
+fn channels(ways: &Ways) -> Channels {
+    let is_open = |channel: &Channel| match channel {
+        Channel::StructuredReport => ways.pacs.is_some(),
+        Channel::SecondaryCapture => ways.pacs.as_ref().is_some_and(|pacs| pacs.has_captures),
+        Channel::Webhook => ways.webhook.is_some(),
+        Channel::Hl7 => ways.hl7.is_some(),
+        Channel::Stow => ways.stow.is_some(),
+    };
+    Channels {
+        open: Channel::ALL.into_iter().filter(is_open).collect(),
+        allow_demo_results: false,
+    }
+}
+
 pub(super) fn impatient() -> Patience {
     Patience {
         first: Duration::from_millis(20),
@@ -81,7 +96,7 @@ impl Node {
         );
         let (stop, stopped) = watch::channel(false);
         Self {
-            channels: ways.channels(false),
+            channels: channels(&ways),
             database,
             outbox,
             ends,

@@ -15,7 +15,7 @@ use super::back_off::{BackOff, Patience};
 use super::equipment::Device;
 use super::hl7::Hl7;
 use super::letter::{self, Capture};
-use super::outbox::{Channel, Channels, Letter, Outbox, OutboxError};
+use super::outbox::{Channel, Letter, Outbox, OutboxError};
 use super::pacs::{self, Pacs};
 use super::stow::Stow;
 use super::webhook::Webhook;
@@ -62,23 +62,6 @@ pub(crate) struct Ways {
     pub(crate) device: Device,
     /// Back-off and deadlines.
     pub(crate) patience: Patience,
-}
-
-impl Ways {
-    /// The channels that are open with these receivers.
-    pub(crate) fn channels(&self, allow_demo_results: bool) -> Channels {
-        let is_open = |channel: &Channel| match channel {
-            Channel::StructuredReport => self.pacs.is_some(),
-            Channel::SecondaryCapture => self.pacs.as_ref().is_some_and(|pacs| pacs.has_captures),
-            Channel::Webhook => self.webhook.is_some(),
-            Channel::Hl7 => self.hl7.is_some(),
-            Channel::Stow => self.stow.is_some(),
-        };
-        Channels {
-            open: Channel::ALL.into_iter().filter(is_open).collect(),
-            allow_demo_results,
-        }
-    }
 }
 
 /// Told of every attempt: for metrics and audit.

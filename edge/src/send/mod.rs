@@ -3,8 +3,8 @@
 //! The stages in the order a result meets them: [`outbox`] keeps what is to be told, durably; [`delivery`] takes it from there, patiently
 //! ([`back_off`]); [`letter`] makes the bytes: a [`structured_report`] (its UID from [`identity`], whose and by what from [`equipment`], items from
 //! [`content`], encoded by [`data_set`]) or a [`secondary_capture`]; [`pacs`] and [`association`] are the way by C-STORE, [`webhook`] and
-//! [`stow`] by [`http`], [`hl7`] by MLLP. [`export`] writes
-//! documents as files.
+//! [`stow`] by [`http`], [`hl7`] by MLLP. [`node`] starts all
+//! of it in the daemon, [`export`] writes documents as files.
 
 pub(crate) mod association;
 pub(crate) mod back_off;
@@ -19,6 +19,7 @@ pub(crate) mod hl7;
 pub(crate) mod http;
 pub(crate) mod identity;
 pub(crate) mod letter;
+pub(crate) mod node;
 pub(crate) mod outbox;
 pub(crate) mod pacs;
 #[cfg(test)]

@@ -229,8 +229,7 @@ pub(crate) fn enqueue(
 /// Whether a result may leave the box at all.
 fn may_leave(result: &StudyResult, channels: &Channels) -> bool {
     let is_said = result.state != State::Receiving && is_reported(&result.outcome);
-    let is_demo = result.model.is_demonstration && !result.is_phantom;
-    is_said && (!is_demo || channels.allow_demo_results)
+    is_said && result.may_leave(channels.allow_demo_results)
 }
 
 /// Captures show slices of the judged series once it is complete.

@@ -1,0 +1,249 @@
+//! Sending within the node: what of the configuration it is given, when it is woken, what it tells the metrics.
+//!
+//! In: the configuration and the results database. Out: the running sender. A configuration that is read again is used from the next letter on;
+//! one whose files cannot be read changes nothing.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use jiff::tz::TimeZone;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use shared::uid::Uid;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinHandle;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use super::back_off::Patience;
+use super::delivery::{Delivery, End, Ways};
+use super::equipment::Device;
+use super::hl7::Hl7;
+use super::http;
+use super::outbox::{Channel, Counts, Letter, Outbox};
+use super::pacs::Pacs;
+use super::stow::Stow;
+use super::webhook::{Secret, Webhook};
+use crate::config::{Config, Tls};
+use crate::decide::store::Store;
+use crate::exit::{Exit, Failure, failure};
+use crate::intake::unix_ms;
+use crate::operate::board;
+use crate::operate::metrics::{self, DeliveryChannel, DeliveryEnd};
+use crate::serve::NodeState;
+
+/// The system's time zone.
+const LOCAL_TIME: &str = "/etc/localtime";
+/// Largest time zone, secret, token or certificate file.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// How often old letters are deleted.
+const FORGET_EVERY: Duration = Duration::from_secs(3600);
+
+/// Opens the outbox in the results database.
+///
+/// # Errors
+/// `CannotWrite` where the medium fails.
+pub(crate) fn open_outbox(store: &Store) -> Result<Arc<Outbox>, Failure> {
+    let outbox = Outbox::open(store.database()).map_err(failure(Exit::CannotWrite))?;
+    Ok(Arc::new(outbox))
+}
+
+/// Starts to send.
+///
+/// # Errors
+/// `Configuration` where a file that the configuration names cannot be read; `CannotWrite` where the medium fails.
+pub(crate) fn start(node: &Arc<NodeState>) -> Result<JoinHandle<()>, Failure> {
+    let device = device(node).map_err(failure(Exit::CannotWrite))?;
+    let config = Arc::clone(&node.config.borrow());
+    let ways = ways(&config, &device).map_err(failure(Exit::Configuration))?;
+    let observed = Arc::clone(node);
+    let delivery = Delivery::new(
+        Arc::clone(&node.outbox),
+        ways,
+        Box::new(|_| Err("captures are not drawn here".to_owned())),
+        Box::new(move |letter, end| count(&observed, letter, end)),
+    );
+    tokio::spawn(ring(Arc::clone(node)));
+    tokio::spawn(forget(Arc::clone(node)));
+    tokio::spawn(reconfigure(Arc::clone(node), Arc::clone(&delivery), device));
+    Ok(tokio::spawn(delivery.run(node.stopping.clone())))
+}
+
+/// How many letters wait and how many are dead; none where the outbox cannot be read, which is logged.
+pub(crate) fn counts(outbox: &Outbox) -> Counts {
+    outbox.counts().unwrap_or_else(|error| {
+        tracing::error!(%error, "the outbox cannot be read");
+        Counts::default()
+    })
+}
+
+/// Whatever changed may have put a letter into the outbox.
+async fn ring(node: Arc<NodeState>) {
+    let mut changes = node.changed.subscribe();
+    loop {
+        match changes.recv().await {
+            Ok(_) | Err(RecvError::Lagged(_)) => node.outbox.bell.notify_waiters(),
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
+/// Deletes by age, unless the clock was never set.
+async fn forget(node: Arc<NodeState>) {
+    loop {
+        tokio::time::sleep(FORGET_EVERY).await;
+        let now_ms = unix_ms();
+        if !board::is_clock_plausible(now_ms) {
+            continue;
+        }
+        let max_age = node.config.borrow().retention.max_age.as_millis();
+        let before_ms = now_ms.saturating_sub(i64::try_from(max_age).unwrap_or(i64::MAX));
+        let outbox = Arc::clone(&node.outbox);
+        let lost = tokio::task::spawn_blocking(move || outbox.forget(before_ms)).await;
+        match lost {
+            Ok(Ok(0)) => {}
+            Ok(Ok(lost)) => {
+                tracing::error!(lost, "results were too old before they could be delivered")
+            }
+            Ok(Err(error)) => tracing::error!(%error, "the outbox cannot be written"),
+            Err(error) => tracing::error!(%error, "deleting old letters failed"),
+        }
+    }
+}
+
+async fn reconfigure(node: Arc<NodeState>, delivery: Arc<Delivery>, device: Device) {
+    let mut config = node.config.clone();
+    while config.changed().await.is_ok() {
+        let config = Arc::clone(&config.borrow_and_update());
+        match ways(&config, &device) {
+            Ok(ways) => delivery.configure(ways),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "receivers not changed"),
+        }
+    }
+}
+
+fn count(node: &NodeState, letter: &Letter, end: End) {
+    let channel = match letter.channel {
+        Channel::StructuredReport => DeliveryChannel::structured_report,
+        Channel::SecondaryCapture => DeliveryChannel::secondary_capture,
+        Channel::Webhook => DeliveryChannel::webhook,
+        Channel::Hl7 => DeliveryChannel::hl7,
+        Channel::Stow => DeliveryChannel::stow,
+    };
+    let how = match end {
+        End::Delivered => DeliveryEnd::delivered,
+        End::Retried => DeliveryEnd::retried,
+        End::Dead => DeliveryEnd::dead,
+    };
+    let delivery = metrics::Delivery { channel, how };
+    node.metrics.deliveries.get_or_create(&delivery).inc();
+    // An error means that nobody watches.
+    drop(node.page_changed.send(()));
+}
+
+/// This installation: a random UUID that is made once and kept beside the results.
+fn device(node: &NodeState) -> anyhow::Result<Device> {
+    let mut random = [0; 16];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut random))
+        .context("/dev/urandom")?;
+    // RFC 9562 section 5.4: version 4.
+    let uuid = u128::from_be_bytes(random) & !(0xF << 76 | 0b11 << 62) | 4 << 76 | 0b10 << 62;
+    let uuid = node.outbox.installation(uuid)?;
+    let uid = Uid::new(&format!("2.25.{uuid}")).map_err(|error| anyhow!(error))?;
+    Ok(Device {
+        uid,
+        serial: format!("{uuid:032x}")[..12].to_owned(),
+        station: node.config.borrow().ae_title.clone(),
+        time_zone: time_zone(),
+    })
+}
+
+/// The system's time zone; UTC where it has none.
+fn time_zone() -> TimeZone {
+    let read = bounded(Path::new(LOCAL_TIME)).ok();
+    let zone = read.and_then(|bytes| TimeZone::tzif("local", &bytes).ok());
+    zone.unwrap_or(TimeZone::UTC)
+}
+
+/// The receivers of a configuration.
+fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
+    let pacs = config.pacs.as_ref().map(|pacs| {
+        let tls = config.tls.as_ref().filter(|_| pacs.tls);
+        Ok::<_, anyhow::Error>(Pacs {
+            calling: config.ae_title.clone(),
+            called: pacs.ae_title.clone(),
+            host: pacs.host.clone(),
+            port: pacs.port,
+            tls: tls.map(client_config).transpose().context("[tls]")?,
+            has_captures: pacs.secondary_capture,
+        })
+    });
+    let webhook = config.webhook.as_ref().map(|webhook| {
+        Ok::<_, anyhow::Error>(Webhook {
+            url: webhook.url.clone(),
+            secret: secret(&webhook.secret_file)?,
+            agent: http::agent(),
+        })
+    });
+    let stow = config.stow.as_ref().map(|stow| {
+        Ok::<_, anyhow::Error>(Stow {
+            url: stow.url.clone(),
+            token: stow.token_file.as_deref().map(secret).transpose()?,
+            agent: http::agent(),
+        })
+    });
+    Ok(Ways {
+        pacs: pacs.transpose()?,
+        webhook: webhook.transpose().context("[webhook] secret_file")?,
+        hl7: config.hl7.as_ref().map(|hl7| Hl7 {
+            host: hl7.host.clone(),
+            port: hl7.port,
+            sending_facility: hl7.sending_facility.clone(),
+            receiving_application: hl7.receiving_application.clone(),
+            receiving_facility: hl7.receiving_facility.clone(),
+        }),
+        stow: stow.transpose().context("[stow] token_file")?,
+        device: Device {
+            station: config.ae_title.clone(),
+            ..device.clone()
+        },
+        patience: Patience::default(),
+    })
+}
+
+/// A secret, white space at its end taken off.
+fn secret(path: &Path) -> anyhow::Result<Secret> {
+    let bytes = bounded(path).with_context(|| path.display().to_string())?;
+    Ok(Secret(bytes.trim_ascii_end().to_vec()))
+}
+
+/// TLS towards a peer that shows a certificate of our authorities and asks for ours.
+fn client_config(tls: &Tls) -> anyhow::Result<Arc<ClientConfig>> {
+    let read = |path: &Path| bounded(path).with_context(|| path.display().to_string());
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&read(&tls.client_ca)?) {
+        roots.add(certificate?)?;
+    }
+    let chain =
+        CertificateDer::pem_slice_iter(&read(&tls.certificate)?).collect::<Result<_, _>>()?;
+    let key = PrivateKeyDer::from_pem_slice(&read(&tls.key)?)?;
+    let provider = Arc::new(ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)?;
+    Ok(Arc::new(config))
+}
+
+fn bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    fs::File::open(path)?
+        .take(MAX_FILE_BYTES)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
