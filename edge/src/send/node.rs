@@ -10,14 +10,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
+use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use rustls::crypto::ring;
+use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use shared::uid::Uid;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
-use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::back_off::Patience;
 use super::delivery::{Delivery, End, Ways};
@@ -31,8 +32,8 @@ use super::webhook::{Secret, Webhook};
 use crate::config::{Config, Tls};
 use crate::decide::store::Store;
 use crate::exit::{Exit, Failure, failure};
-use crate::intake::unix_ms;
-use crate::operate::board;
+use crate::intake::{retention, unix_ms};
+use crate::operate::audit::Event;
 use crate::operate::metrics::{self, DeliveryChannel, DeliveryEnd};
 use crate::serve::NodeState;
 
@@ -96,12 +97,10 @@ async fn ring(node: Arc<NodeState>) {
 async fn forget(node: Arc<NodeState>) {
     loop {
         tokio::time::sleep(FORGET_EVERY).await;
-        let now_ms = unix_ms();
-        if !board::is_clock_plausible(now_ms) {
+        let retention = node.config.borrow().retention.clone();
+        let Some(before_ms) = retention::oldest_allowed_ms(unix_ms(), &retention) else {
             continue;
-        }
-        let max_age = node.config.borrow().retention.max_age.as_millis();
-        let before_ms = now_ms.saturating_sub(i64::try_from(max_age).unwrap_or(i64::MAX));
+        };
         let outbox = Arc::clone(&node.outbox);
         let lost = tokio::task::spawn_blocking(move || outbox.forget(before_ms)).await;
         match lost {
@@ -141,6 +140,21 @@ fn count(node: &NodeState, letter: &Letter, end: End) {
     };
     let delivery = metrics::Delivery { channel, how };
     node.metrics.deliveries.get_or_create(&delivery).inc();
+    if end != End::Retried {
+        let event = Event::Delivered {
+            study_uid: &letter.study_uid,
+            revision: letter.revision,
+            channel: letter.channel.name(),
+            how: if end == End::Delivered {
+                "delivered"
+            } else {
+                "dead"
+            },
+        };
+        if let Err(error) = node.audit.record(&event, Timestamp::now()) {
+            tracing::error!(%error, "the audit log cannot be written");
+        }
+    }
     // An error means that nobody watches.
     drop(node.page_changed.send(()));
 }

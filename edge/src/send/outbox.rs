@@ -116,6 +116,8 @@ pub(crate) struct Letter {
     pub(crate) key: Uid,
     /// Which study.
     pub(crate) study_uid: Uid,
+    /// Of the result.
+    pub(crate) revision: u32,
     /// When it was enqueued, Unix time in ms.
     pub(crate) enqueued_ms: i64,
     /// What its bytes are, once they are frozen; for DICOM objects.
@@ -214,6 +216,7 @@ pub(crate) fn enqueue(
             channel,
             key,
             study_uid: result.study_uid.clone(),
+            revision: result.revision,
             enqueued_ms: result.decided_ms,
             document: None,
             is_frozen: false,
