@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use rustls::crypto::ring;
 use rustls::{ClientConfig, RootCertStore};
@@ -35,6 +34,7 @@ use crate::exit::{Exit, Failure, failure};
 use crate::intake::{retention, unix_ms};
 use crate::operate::audit::Event;
 use crate::operate::metrics::{self, DeliveryChannel, DeliveryEnd};
+use crate::operate::watch;
 use crate::serve::NodeState;
 
 /// The system's time zone.
@@ -151,9 +151,7 @@ fn count(node: &NodeState, letter: &Letter, end: End) {
                 "dead"
             },
         };
-        if let Err(error) = node.audit.record(&event, Timestamp::now()) {
-            tracing::error!(%error, "the audit log cannot be written");
-        }
+        watch::note(node, &event);
     }
     // An error means that nobody watches.
     drop(node.page_changed.send(()));
