@@ -79,6 +79,8 @@ pub(crate) struct NodeState {
 pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
     let config = load(arguments.config.as_deref())?;
     operate::log::begin();
+    // What is written belongs to patients: for the node's user alone, whatever the shell that starts it allows.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .enable_all()
@@ -226,7 +228,9 @@ async fn page_listener(config: &Config) -> Result<(TcpListener, page::Settings),
         .await
         .with_context(|| format!("page on {}", config.http_bind))
         .map_err(failure(Exit::Unavailable))?;
-    tracing::info!(http_address = ?listener.local_addr(), "page");
+    if let Ok(http_address) = listener.local_addr() {
+        tracing::info!(%http_address, "page");
+    }
     Ok((listener, settings))
 }
 

@@ -246,6 +246,18 @@ impl Store {
         Ok(studies)
     }
 
+    /// Shows every study, one at a time, so that not all of them are in memory at once.
+    ///
+    /// # Errors
+    /// As [`Self::cursor`].
+    pub(crate) fn each_study(&self, show: &mut dyn FnMut(StudyResult)) -> Result<(), StoreError> {
+        let table = self.database.begin_read()?.open_table(STUDIES)?;
+        for entry in table.iter()? {
+            show(parse(entry?.1.value())?);
+        }
+        Ok(())
+    }
+
     /// How many studies there are, and how many of them are positive.
     ///
     /// # Errors

@@ -82,6 +82,17 @@
     show({ slice: view().slice + Math.sign(event.deltaY) });
   }, { passive: false });
 
+  // A picture that cannot be drawn says why.
+  const explain = async (picture) => {
+    const answer = await fetch(picture.src).catch(() => null);
+    const words = answer && !answer.ok ? await answer.text() : "";
+    byId("no-picture").textContent = `No picture${words && ": " + words}`;
+    byId("no-picture").hidden = false;
+  };
+  document.addEventListener("error", (event) => { if (event.target.id === "picture") explain(event.target); }, true);
+  document.addEventListener("load", (event) => { if (event.target.id === "picture") byId("no-picture").hidden = true; }, true);
+  if (byId("picture")?.complete && !byId("picture").naturalWidth) explain(byId("picture"));
+
   // Fresh content: the same address again, its main part put in place, focus and scroll kept.
   let isFetching = false;
   let isStale = false;

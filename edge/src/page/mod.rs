@@ -39,8 +39,8 @@ pub(crate) const MAX_LISTED: usize = 500;
 
 /// Where the page gets what it shows. The functions may block; routes call them off the event loop.
 pub(crate) struct Sources {
-    /// All studies.
-    pub(crate) studies: Box<dyn Fn() -> Vec<StudyResult> + Send + Sync>,
+    /// Shows all studies, one at a time: a study has hundreds of slices, and the worklist needs few words of each.
+    pub(crate) studies: Box<dyn Fn(&mut dyn FnMut(StudyResult)) + Send + Sync>,
     /// One study.
     pub(crate) study: Box<dyn Fn(&Uid) -> Option<StudyResult> + Send + Sync>,
     /// The tensor of a slice, and where its answer comes from when that is asked for.

@@ -19,7 +19,7 @@ pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
     let (for_status, for_counts) = (of(node), of(node));
     let (for_studies, for_study, for_slice) = (of(node), of(node), of(node));
     Sources {
-        studies: Box::new(move || read(for_studies.store.studies())),
+        studies: Box::new(move |show| read(for_studies.store.each_study(show))),
         study: Box::new(move |uid| read(for_study.store.study(uid))),
         slice: Box::new(move |slice, has_heatmap| {
             for_slice.slices.read(&for_slice.spool, slice, has_heatmap)

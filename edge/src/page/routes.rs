@@ -105,14 +105,27 @@ fn not_found(words: &str) -> Response {
 async fn worklist_page(State(shared): State<Shared>) -> Result<Response, Response> {
     let is_anonymous = shared.settings.is_anonymous;
     read(&shared, move |sources| {
-        let mut results = (sources.studies)();
-        words::order(&mut results);
-        let n_more = results.len().saturating_sub(MAX_LISTED);
-        results.truncate(MAX_LISTED);
-        let main = worklist::page(&results, n_more, is_anonymous);
+        let (mut rows, mut n_more) = (Vec::new(), 0);
+        (sources.studies)(&mut |result| {
+            rows.push(worklist::Listed::new(&result, is_anonymous));
+            // Rows that will not be listed are let go from time to time.
+            if rows.len() >= 2 * MAX_LISTED {
+                n_more += keep_listed(&mut rows);
+            }
+        });
+        let n_more = n_more + keep_listed(&mut rows);
+        let main = worklist::page(&rows, n_more);
         show("Worklist", Place::Worklist, &(sources.status)(), &main)
     })
     .await
+}
+
+/// Puts rows in order and lets those beyond [`MAX_LISTED`] go. How many.
+fn keep_listed(rows: &mut Vec<worklist::Listed>) -> usize {
+    rows.sort_by_key(|row| row.place);
+    let n_more = rows.len().saturating_sub(MAX_LISTED);
+    rows.truncate(MAX_LISTED);
+    n_more
 }
 
 async fn study_page(
@@ -271,9 +284,17 @@ fn json(value: &impl Serialize) -> Response {
 
 async fn api_studies(State(shared): State<Shared>) -> Result<Response, Response> {
     read(&shared, |sources| {
-        let mut results = (sources.studies)();
-        words::order(&mut results);
-        json(&results.iter().map(ApiStudy::from).collect::<Vec<_>>())
+        let mut studies = Vec::new();
+        (sources.studies)(&mut |result| {
+            studies.push((words::place(&result), ApiStudy::from(&result)));
+        });
+        studies.sort_by_key(|(place, _)| *place);
+        json(
+            &studies
+                .into_iter()
+                .map(|(_, study)| study)
+                .collect::<Vec<_>>(),
+        )
     })
     .await
 }

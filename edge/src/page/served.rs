@@ -21,7 +21,7 @@ struct Served {
 fn serve(settings: Settings) -> Served {
     let (changed, _) = broadcast::channel(8);
     let sources = Sources {
-        studies: Box::new(example::studies),
+        studies: Box::new(|show| example::studies().into_iter().for_each(show)),
         study: Box::new(|uid| {
             example::studies()
                 .into_iter()
@@ -309,4 +309,36 @@ fn a_change_reaches_a_listening_browser() {
     assert!(lines.any(|line| line == "event: hello"));
     served.changed.send(()).unwrap();
     assert!(lines.any(|line| line == "event: changed"));
+}
+
+/// Relative luminance of `--name: #rrggbb;` in the style sheet (WCAG 2.2).
+fn luminance(style: &str, name: &str) -> f64 {
+    let (_, rest) = style.split_once(&format!("--{name}: #")).unwrap();
+    let channel = |at: usize| {
+        let value = f64::from(u8::from_str_radix(&rest[at..at + 2], 16).unwrap()) / 255.0;
+        if value <= 0.04045 {
+            value / 12.92
+        } else {
+            ((value + 0.055) / 1.055).powf(2.4)
+        }
+    };
+    0.2126 * channel(0) + 0.7152 * channel(2) + 0.0722 * channel(4)
+}
+
+#[test]
+fn text_stands_out_from_its_ground() {
+    let style = include_str!("style.css");
+    for ground in ["ground", "raised", "alarm-ground", "attention-ground"] {
+        for (text, least) in [
+            ("text", 7.0),
+            ("quiet", 4.5),
+            ("alarm", 4.5),
+            ("attention", 4.5),
+            ("calm", 4.5),
+            ("link", 4.5),
+        ] {
+            let ratio = (luminance(style, text) + 0.05) / (luminance(style, ground) + 0.05);
+            assert!(ratio >= least, "{text} on {ground}: {ratio:.1}");
+        }
+    }
 }

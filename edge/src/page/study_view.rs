@@ -97,6 +97,7 @@ fn picture(result: &StudyResult, view: View, shown: usize) -> Markup {
         .map_or_else(|| "not analysed".into(), words::percent);
     html! {
         figure #slice data-study=(result.study_uid) data-slice=(shown) data-window=(view.window.name()) data-heatmap=(view.heatmap) data-last=(result.slices.len() - 1) {
+            p #no-picture.no-picture hidden role="status" {}
             img #picture src=(address) width="512" height="512" alt=(format!("Slice {} of {}, {} window", shown + 1, result.slices.len(), view.window.label()));
             figcaption {
                 span { "Slice " strong #slice-number { (shown + 1) } " of " (result.slices.len()) }
@@ -133,7 +134,8 @@ fn beside(result: &StudyResult, view: View, shown: usize) -> Markup {
                 }
             }
             p.quiet #heat-note hidden[view.heatmap != 1] { "Warm where this slice's answer comes from; it says where, not how much." }
-            @if !result.top.is_empty() {
+            // Where nothing is said of the patient, no slice is held out either.
+            @if !result.top.is_empty() && words::is_meant(result) && !matches!(result.outcome, Outcome::NotAnalysed { .. }) {
                 h2 { "Highest" }
                 ol.top {
                     @for &index in &result.top {

@@ -3,6 +3,8 @@
 //! A study is never called negative. Where the model was trained on the phantom and the patient is real, nothing is
 //! said of the patient.
 
+use std::cmp::Reverse;
+
 use crate::result::{Outcome, State, StudyResult};
 
 /// Words for a study's answer.
@@ -125,12 +127,10 @@ pub(crate) fn percent(logit: f32) -> String {
     }
 }
 
-/// The worklist's order: positive ones first where that means something, then the latest.
-pub(crate) fn order(results: &mut [StudyResult]) {
-    results.sort_by_key(|result| {
-        let is_first = result.is_positive() && is_meant(result);
-        (!is_first, std::cmp::Reverse(result.last_received_ms))
-    });
+/// A study's place in the worklist, the lowest first: positive ones where that means something, then the latest.
+pub(crate) fn place(result: &StudyResult) -> (bool, Reverse<i64>) {
+    let is_first = result.is_positive() && is_meant(result);
+    (!is_first, Reverse(result.last_received_ms))
 }
 
 #[cfg(test)]
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn positive_studies_come_first_then_the_latest() {
         let mut all = example::studies();
-        order(&mut all);
+        all.sort_by_key(place);
         let first_other = all.iter().position(|result| !result.is_positive()).unwrap();
         assert!(
             first_other > 0
@@ -177,7 +177,7 @@ mod tests {
             result.is_phantom = false;
             assert_ne!(words(result).tone, Tone::Alarm);
         }
-        order(&mut all);
+        all.sort_by_key(place);
         assert!(all.is_sorted_by_key(|result| -result.last_received_ms));
         all[0].is_phantom = true;
         all[0].outcome = Outcome::Positive;

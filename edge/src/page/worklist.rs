@@ -1,24 +1,48 @@
 //! The worklist: a row for each study, positive ones first.
 
+use std::cmp::Reverse;
+
 use maud::{Markup, html};
 
 use super::layout::moment;
 use super::person::Person;
+use super::words::Tone;
 use super::{strip, words};
 use crate::result::{State, StudyResult};
 
-/// The worklist of `results`, already in order; `n_more` older ones are not listed.
-pub(crate) fn page(results: &[StudyResult], n_more: usize, is_anonymous: bool) -> Markup {
-    let n_positive = results.iter().filter(|result| is_alarm(result)).count();
+/// A row before it is drawn: what the worklist needs of a study.
+#[derive(Clone, Debug)]
+pub(crate) struct Listed {
+    /// Where it stands.
+    pub(crate) place: (bool, Reverse<i64>),
+    tone: Tone,
+    html: Markup,
+}
+
+impl Listed {
+    /// The row of a study.
+    pub(crate) fn new(result: &StudyResult, is_anonymous: bool) -> Self {
+        let words = words::words(result);
+        Self {
+            place: words::place(result),
+            tone: words.tone,
+            html: row(result, &words, is_anonymous),
+        }
+    }
+}
+
+/// The worklist of `rows`, already in order; `n_more` older ones are not listed.
+pub(crate) fn page(rows: &[Listed], n_more: usize) -> Markup {
+    let n_positive = rows.iter().filter(|row| row.tone == Tone::Alarm).count();
     html! {
         div.title {
             h1 { "Worklist" }
             p.counts {
                 span.count-alarm[n_positive > 0] #n-positive data-count=(n_positive) { strong { (n_positive) } " detected" }
-                span { strong { (results.len() + n_more) } " studies" }
+                span { strong { (rows.len() + n_more) } " studies" }
             }
         }
-        @if results.is_empty() {
+        @if rows.is_empty() {
             (nothing_yet())
         } @else {
             table.worklist {
@@ -31,7 +55,7 @@ pub(crate) fn page(results: &[StudyResult], n_more: usize, is_anonymous: bool) -
                     th scope="col" { "Received" }
                 } }
                 tbody {
-                    @for result in results { (row(result, is_anonymous)) }
+                    @for row in rows { (row.html) }
                 }
             }
         }
@@ -39,12 +63,7 @@ pub(crate) fn page(results: &[StudyResult], n_more: usize, is_anonymous: bool) -
     }
 }
 
-fn is_alarm(result: &StudyResult) -> bool {
-    words::words(result).tone == words::Tone::Alarm
-}
-
-fn row(result: &StudyResult, is_anonymous: bool) -> Markup {
-    let words = words::words(result);
+fn row(result: &StudyResult, words: &words::Words, is_anonymous: bool) -> Markup {
     let person = Person::new(&result.patient);
     let address = format!("/studies/{}", result.study_uid);
     let identifier = format!("study-{}", result.study_uid);
@@ -55,7 +74,7 @@ fn row(result: &StudyResult, is_anonymous: bool) -> Markup {
                     span.badge.(words.tone.class()) { (words.label) }
                     span.unseen { ": " (who(&person, result, is_anonymous)) }
                 }
-                p.why { (detail(result, &words)) }
+                p.why { (detail(result, words)) }
             }
             td {
                 span.who { (who(&person, result, is_anonymous)) }
@@ -73,7 +92,7 @@ fn row(result: &StudyResult, is_anonymous: bool) -> Markup {
 
 fn detail(result: &StudyResult, words: &words::Words) -> String {
     match (words.tone, result.top.first(), result.score) {
-        (words::Tone::Alarm, Some(&index), Some(score)) => {
+        (Tone::Alarm, Some(&index), Some(score)) => {
             let provisional = if result.state == State::Complete {
                 ""
             } else {
@@ -85,13 +104,13 @@ fn detail(result: &StudyResult, words: &words::Words) -> String {
                 index + 1
             )
         }
-        (words::Tone::Calm, ..) => format!(
+        (Tone::Calm, ..) => format!(
             "on {} of {} slices",
             result.n_analysed(),
             result.slices.len()
         ),
-        (words::Tone::Demonstration, ..) => "demonstration model".into(),
-        (words::Tone::Busy, ..) => String::new(),
+        (Tone::Demonstration, ..) => "demonstration model".into(),
+        (Tone::Busy, ..) => String::new(),
         _ => words.sentence.clone(),
     }
 }
@@ -128,9 +147,14 @@ mod tests {
     use super::*;
     use crate::page::example;
 
+    fn shown(results: &[StudyResult], n_more: usize, is_anonymous: bool) -> String {
+        let row = |result| Listed::new(result, is_anonymous);
+        page(&results.iter().map(row).collect::<Vec<_>>(), n_more).into_string()
+    }
+
     #[test]
     fn names_are_escaped() {
-        let html = page(&example::studies(), 0, false).into_string();
+        let html = shown(&example::studies(), 0, false);
         assert!(!html.contains("<script>") && html.contains("&lt;script&gt;"));
         assert!(html.contains("García Márquez, Lucía"));
     }
@@ -138,7 +162,7 @@ mod tests {
     #[test]
     fn hidden_patients_leave_nothing_of_themselves() {
         let results = example::studies();
-        let html = page(&results, 0, true).into_string();
+        let html = shown(&results, 0, true);
         for result in &results {
             let person = Person::new(&result.patient);
             for secret in [
@@ -156,11 +180,11 @@ mod tests {
     #[test]
     fn every_study_has_a_row_and_an_address() {
         let results = example::studies();
-        let html = page(&results, 3, false).into_string();
+        let html = shown(&results, 3, false);
         for result in &results {
             assert!(html.contains(&format!("href=\"/studies/{}\"", result.study_uid)));
         }
         assert!(html.contains("3 older studies"));
-        assert!(page(&[], 0, false).into_string().contains("No studies yet"));
+        assert!(shown(&[], 0, false).contains("No studies yet"));
     }
 }
