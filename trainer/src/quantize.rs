@@ -1575,6 +1575,31 @@ mod tests {
     }
 
     #[test]
+    fn transfer_learners_have_the_recorded_structure_and_are_refused_by_name() {
+        for (name, digest) in [
+            (
+                "resnet50",
+                "51bae38f21e97ff531bf1e7e0ee067e4add41a0ea8b64da96531100e9cf4b217",
+            ),
+            (
+                "inception-v3",
+                "ebf6f4e1f11f53f5cb8a4d1d58f90fdd6dda99c9f01ae390d07acc0f061b54ad",
+            ),
+        ] {
+            let model = float_model(name, 0.03125);
+            check_structure(&model, digest);
+            let image = vec![0; shared::TENSOR_BYTES];
+            let bytes = onnx::write(&model).unwrap();
+            let error = quantize_file(&bytes, &[&image], &fast()).unwrap_err();
+            let message = error.to_string();
+            assert!(
+                message.starts_with(name) && message.contains("--profile tensorrt"),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
     fn int8_file_has_the_recorded_structure() {
         let (model, _) = quantized(&float_model("final", 0.03125), &fast());
         check_structure(

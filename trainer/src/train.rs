@@ -272,7 +272,6 @@ impl TrainArgs {
 ///
 /// # Errors
 /// As [`train`]; a device that this build cannot use.
-#[expect(clippy::print_stdout, reason = "the summary is this command's data")]
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     if args.device != "cpu" {
         return Err(fault(
@@ -286,8 +285,9 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     let cache = Cache::open(&args.data)?;
     let stop = interrupt::watch().context("waiting for Ctrl-C")?;
     let summary = train_until(&args.options(), &cache, &args.out, stop)?;
+    let mut stdout = std::io::stdout().lock();
     if args.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        writeln!(stdout, "{}", serde_json::to_string(&summary)?)?;
     } else {
         let RunSummary {
             model,
@@ -298,19 +298,25 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
             images_per_second,
             ..
         } = &summary;
-        println!(
+        writeln!(
+            stdout,
             "{model} at width {width}: {epochs} epochs, {steps} steps, loss {loss:.4}, {images_per_second:.1} images/s"
-        );
+        )?;
         if let (Some(loss), Some(accuracy)) = (summary.val_loss, summary.val_accuracy) {
-            println!("validation: loss {loss:.4}, accuracy {accuracy:.4}");
+            writeln!(stdout, "validation: loss {loss:.4}, accuracy {accuracy:.4}")?;
         }
         if args.split == SplitBy::Image {
-            println!("{LEAK_WARNING}");
+            writeln!(stdout, "{LEAK_WARNING}")?;
         }
         if summary.is_stopped {
-            println!("stopped; continue with --resume");
+            writeln!(stdout, "stopped; continue with --resume")?;
         }
-        println!("{}: {}", summary.weights.display(), shared::RESEARCH_USE);
+        writeln!(
+            stdout,
+            "{}: {}",
+            summary.weights.display(),
+            shared::RESEARCH_USE
+        )?;
     }
     Ok(Exit::Ok.into())
 }
@@ -1102,6 +1108,81 @@ mod tests {
         let other = TrainOptions { seed: 6, ..resumed };
         let message = format!("{:#}", train(&other, &cache, &parts).unwrap_err());
         assert!(message.contains("was started as"), "{message}");
+    }
+
+    #[test]
+    fn frozen_backbone_keeps_its_weights_and_needs_to_know_where_they_come_from() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = cache(&folder.path().join("cache"), 10);
+        let frozen = TrainOptions {
+            model: "resnet50-frozen".into(),
+            ..options()
+        };
+        let error = train(&frozen, &cache, &folder.path().join("none")).unwrap_err();
+        assert!(format!("{error:#}").contains("--random-init"), "{error:#}");
+        let random = TrainOptions {
+            random_init: true,
+            ..frozen.clone()
+        };
+        let run = folder.path().join("run");
+        train(&random, &cache, &run).unwrap();
+        // Its own weights are first weights too, as torchvision's are; those it began with come back from a run of no epochs.
+        let first = folder.path().join("first");
+        let begun = TrainOptions {
+            epochs: Some(0),
+            ..random
+        };
+        train(&begun, &cache, &first).unwrap();
+        let read = |run: &Path| {
+            crate::export::read_weights(&run.join(WEIGHTS_FILE))
+                .unwrap()
+                .2
+        };
+        let (before, after) = (read(&first), read(&run));
+        for (name, weight) in &before {
+            assert_eq!(*weight == after[name], !name.starts_with("fc."), "{name}");
+        }
+        let from_file = TrainOptions {
+            init: Some(first.join(WEIGHTS_FILE)),
+            ..frozen
+        };
+        let again = folder.path().join("again");
+        train(&from_file, &cache, &again).unwrap();
+        assert!(read(&again) == after);
+    }
+
+    #[test]
+    fn quantization_aware_run_continues_to_the_same_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = cache(&folder.path().join("cache"), 20);
+        let options = TrainOptions {
+            model: "vanilla".into(),
+            qat_epochs: 1,
+            ..options()
+        };
+        let whole = folder.path().join("whole");
+        train(&options, &cache, &whole).unwrap();
+        assert!(whole.join(quantization_aware::FILE_NAME).exists());
+        let parts = folder.path().join("parts");
+        let stop = AtomicBool::new(true);
+        assert!(
+            train_until(&options, &cache, &parts, &stop)
+                .unwrap()
+                .is_stopped
+        );
+        let resumed = TrainOptions {
+            resume: true,
+            ..options.clone()
+        };
+        train(&resumed, &cache, &parts).unwrap();
+        assert!(weights(&whole) == weights(&parts));
+        let transfer = TrainOptions {
+            model: "resnet50".into(),
+            random_init: true,
+            ..options
+        };
+        let error = train(&transfer, &cache, &folder.path().join("other")).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), Exit::Usage);
     }
 
     #[test]

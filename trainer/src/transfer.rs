@@ -520,6 +520,54 @@ mod tests {
     }
 
     #[test]
+    fn weights_of_other_classes_and_the_auxiliary_classifier_are_left_out_and_faults_are_named() {
+        let network = Network::new(find("inception-v3").unwrap(), 0.001, 1, &Device::Cpu).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("imagenet.safetensors");
+        let mut parts = Vec::new();
+        for parameter in network.parameters() {
+            let (name, variable) = (parameter.name.clone(), &parameter.variable);
+            let mut shape = variable.dims().to_vec();
+            if name.starts_with("fc.") {
+                shape[0] = 1000;
+            }
+            let n = shape.iter().product();
+            parts.push((name, shape, vec![0.25; n]));
+        }
+        parts.push(("AuxLogits.fc.bias".to_owned(), vec![2], vec![0.0; 2]));
+        let write = |parts: &[(String, Vec<usize>, Vec<f32>)]| {
+            let bytes = crate::network::to_safetensors(parts, &BTreeMap::new());
+            std::fs::write(&path, bytes).unwrap();
+        };
+        let head = |network: &Network| -> Vec<f32> {
+            let [.., weight, _] = network.parameters() else {
+                unreachable!("it has parameters")
+            };
+            weight.variable.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        write(&parts);
+        let before = head(&network);
+        network.set_pretrained(&path).unwrap();
+        assert_eq!(head(&network), before);
+        let kernel = network.parameters()[0].variable.flatten_all().unwrap();
+        assert!(
+            kernel
+                .to_vec1::<f32>()
+                .unwrap()
+                .iter()
+                .all(|&value| value == 0.25)
+        );
+        let refused = |parts: &[(String, Vec<usize>, Vec<f32>)], name: &str| {
+            write(parts);
+            let message = network.set_pretrained(&path).unwrap_err().to_string();
+            assert!(message.contains(name), "{message}");
+        };
+        refused(&parts[1..], "Conv2d_1a_3x3.conv.weight");
+        parts.push(("layer1.0.conv1.weight".to_owned(), vec![1], vec![0.0]));
+        refused(&parts, "layer1.0.conv1.weight");
+    }
+
+    #[test]
     fn frozen_backbone_trains_its_last_layer_alone() {
         let network =
             Network::new(find("resnet50-frozen").unwrap(), 0.01, 1, &Device::Cpu).unwrap();
