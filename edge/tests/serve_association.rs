@@ -2,13 +2,13 @@
 
 mod node;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use dicom_ul::pdu::{
     AssociationRJ, AssociationRJResult, AssociationRJServiceProviderPresentationReason,
-    AssociationRJServiceUserReason, AssociationRJSource, PDataValue, PDataValueType, Pdu,
-    PresentationContextResultReason, UserVariableItem,
+    AssociationRJServiceUserReason, AssociationRJSource, AssociationRQ, PDataValue, PDataValueType,
+    Pdu, PresentationContextResultReason, UserVariableItem,
 };
 use node::{
     CT, Client, ECHO, EXPLICIT, IMPLICIT, JPEG_BASELINE, JPEG_LOSSLESS, Node, PATIENCE, RLE,
@@ -128,6 +128,53 @@ fn unlisted_peers_are_refused_once_one_is_listed() {
     node.reload("[peers.CT4]\n");
     assert_eq!(rejection(&node, "CT4", "PEEDGE"), None);
     assert_eq!(rejection(&node, "CT1", "PEEDGE"), calling);
+}
+
+#[test]
+fn wrong_protocol_version_and_context_name_are_rejected() {
+    let node = Node::start("");
+    let mut answers = Vec::new();
+    for change in [
+        |request: &mut AssociationRQ| request.protocol_version = 2,
+        |request: &mut AssociationRQ| request.application_context_name = "1.2.3".to_owned(),
+    ] {
+        let Pdu::AssociationRQ(mut asked) = request("T", "PEEDGE", &[(CT, &[EXPLICIT])]) else {
+            unreachable!()
+        };
+        change(&mut asked);
+        let mut stream = connect(node.dicom);
+        let bytes = encode(&Pdu::AssociationRQ(asked));
+        stream.write_all(&bytes).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        answers.push(answer);
+    }
+    // Result, source, reason are the last three bytes.
+    assert_eq!(answers[0], [3, 0, 0, 0, 0, 4, 0, 1, 2, 2]);
+    assert_eq!(answers[1], [3, 0, 0, 0, 0, 4, 0, 1, 1, 2]);
+}
+
+#[test]
+fn commands_that_a_class_does_not_have_are_declined() {
+    let node = Node::start("");
+    let contexts: [node::Proposed<'_>; 2] = [(CT, &[EXPLICIT]), (ECHO, &[IMPLICIT])];
+    let mut client = Client::open(node.dicom, &contexts).unwrap();
+    let echo_on_storage = client.echo(1).unwrap();
+    assert_eq!(echo_on_storage, 0x0211);
+    let slice = data_set(CT, "1.2.3", 100);
+    assert_eq!(client.store(3, CT, "1.2.3", &slice).unwrap(), 0x0122);
+    // C-FIND, with an identifier that is taken off the wire.
+    let find = node::command(&[
+        (0x0100, 0x0020_u16.to_le_bytes().to_vec()),
+        (0x0110, 7_u16.to_le_bytes().to_vec()),
+        (0x0800, 1_u16.to_le_bytes().to_vec()),
+    ]);
+    let find = value(1, PDataValueType::Command, true, &find);
+    client.stream.write_all(&find).unwrap();
+    client.data(1, &slice).unwrap();
+    assert_eq!(client.status().unwrap(), 0x0211);
+    assert_eq!(client.store(1, CT, "1.2.3", &slice).unwrap(), 0);
+    client.release();
 }
 
 #[test]

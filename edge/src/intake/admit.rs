@@ -397,3 +397,70 @@ impl Drop for Slot {
 fn lock(open: &Mutex<Open>) -> std::sync::MutexGuard<'_, Open> {
     open.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rows between `<!-- name -->` and `<!-- end -->`.
+    fn documented(name: &str) -> String {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/conformance.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let start = format!("<!-- {name} -->\n");
+        let table = text.split(&start).nth(1).unwrap();
+        table.split("<!-- end -->").next().unwrap().to_owned()
+    }
+
+    #[test]
+    fn tables_of_the_conformance_statement_are_the_programs() {
+        let mut classes = "| SOP class | UID | Use |\n|---|---|---|\n".to_owned();
+        for class in &SOP_CLASSES {
+            let purpose = match class.purpose {
+                Use::Verification => "verification",
+                Use::Analysed => "stored and analysed",
+                Use::Stored => "stored",
+            };
+            classes += &format!("| {} | {} | {purpose} |\n", class.name, class.uid);
+        }
+        assert_eq!(documented("sop classes"), classes);
+        let mut syntaxes = "| Transfer syntax | UID | |\n|---|---|---|\n".to_owned();
+        let by_feature = |uid: &str| {
+            cfg!(any(
+                feature = "jpeg2000",
+                feature = "jpegls",
+                feature = "deflate"
+            )) && !documented("transfer syntaxes").contains(&format!("| {uid} |"))
+        };
+        let built = transfer_syntaxes();
+        for syntax in built.iter().filter(|syntax| !by_feature(syntax.uid)) {
+            let loss = if syntax.is_lossless {
+                "lossless"
+            } else {
+                "can be lossy"
+            };
+            syntaxes += &format!("| {} | {} | {loss} |\n", syntax.name, syntax.uid);
+        }
+        assert_eq!(documented("transfer syntaxes"), syntaxes);
+    }
+
+    #[test]
+    fn sop_classes_are_named_once_and_are_uids() {
+        for (index, class) in SOP_CLASSES.iter().enumerate() {
+            shared::uid::Uid::new(class.uid).unwrap();
+            assert_eq!(sop_class(class.uid), Some(&SOP_CLASSES[index]));
+        }
+    }
+
+    #[test]
+    fn place_is_given_back_by_address_and_title() {
+        let config = Config::parse("", std::path::Path::new(""), Some("/state".into())).unwrap();
+        let slots = Slots::default();
+        let address = IpAddr::from([192, 0, 2, 1]);
+        let slot = slots.take(address, "CT1", true, &config.limits).unwrap();
+        assert_eq!(slots.open(), 1);
+        drop(slot);
+        assert_eq!(slots.open(), 0);
+        let open = lock(&slots.open);
+        assert!(open.by_address.is_empty() && open.by_title.is_empty());
+    }
+}
