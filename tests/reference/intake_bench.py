@@ -72,18 +72,20 @@ class Receiver:
     def __init__(self, command, port, folder):
         self.port, self.folder = port, folder
         self.log = open(folder / "log", "wb")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=folder)
+        # A session of its own, so that what strace runs is stopped with it.
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, cwd=folder, start_new_session=True)
         wait_for_port(port, self.process)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.send_signal(signal.SIGTERM)
+        os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.log.close()
         shutil.rmtree(self.folder)
@@ -183,15 +185,22 @@ def sync_calls(arguments, files, plain, delay_us=0):
     with start_edge(arguments, plain, wrap) as receiver:
         seconds = send(receiver.port, files)
     syncs = written = 0
-    pattern = re.compile(r"(\w+)\(\d+<[^>]*/spool(?:/[^>]*)?>.*= (\d+)")
+    begun = {}
     for line in trace.read_text(errors="replace").splitlines():
-        found = pattern.search(line)
-        if not found:
+        thread, _, call = line.partition(" ")
+        resumed = re.search(r"<\.\.\. (\w+) resumed>", call)
+        name = begun.pop(thread, None) if resumed else None
+        if found := re.match(r"\s*(\w+)\(\d+<[^>]*/spool(?:/[^>]*)?>", call):
+            name = found[1]
+            if "<unfinished" in call:
+                begun[thread] = name
+                continue
+        if name is None:
             continue
-        if "sync" in found[1]:
+        if "sync" in name:
             syncs += 1
-        else:
-            written += int(found[2])
+        elif result := re.search(r"= (\d+)", call):
+            written += int(result[1])
     trace.unlink()
     payload = sum(os.path.getsize(file) for file in files)
     return {
@@ -200,7 +209,7 @@ def sync_calls(arguments, files, plain, delay_us=0):
     }
 
 
-def start_to_echo(arguments, start, mount):
+def start_to_echo(arguments, mount):
     times = []
     for _ in range(5):
         folder = Path(tempfile.mkdtemp(dir=mount))
@@ -298,13 +307,18 @@ def main():
     figures = {"slices": len(files), "payload_mib": payload / 2**20}
     room = 5 * int(payload / 2**20) + 1600
     with mounted(work, "plain", [], room) as plain, mounted(work, "synced", ["sync", "dirsync"], room) as synced:
-        figures["intake"] = throughput(arguments, files, plain, synced)
-        figures["syncs"] = sync_calls(arguments, files, plain)
-        figures["syncs_30_ms"] = sync_calls(arguments, files[:60], plain, 30_000)
-        figures["start_to_echo_s"] = start_to_echo(arguments, start_edge, plain)
-        figures["echo_under_drip_s"] = echo_under_drip(arguments, plain)
-        figures["memory"] = memory(arguments, files, plain)
-    shutil.rmtree(work)
+        stages = {
+            "intake": lambda: throughput(arguments, files, plain, synced),
+            "syncs": lambda: sync_calls(arguments, files, plain),
+            "syncs_30_ms": lambda: sync_calls(arguments, files[:60], plain, 30_000),
+            "start_to_echo_s": lambda: start_to_echo(arguments, plain),
+            "echo_under_drip_s": lambda: echo_under_drip(arguments, plain),
+            "memory": lambda: memory(arguments, files, plain),
+        }
+        for name, stage in stages.items():
+            figures[name] = stage()
+            print(name, json.dumps(figures[name]), file=sys.stderr, flush=True)
+    shutil.rmtree(work, ignore_errors=True)
     bounds = [
         ("times as fast as storescp (sync,dirsync)", figures["intake"]["times_faster"]["storescp"], ">=", SPEED_BOUND),
         ("times as fast as Orthanc (SyncStorageArea)", figures["intake"]["times_faster"]["orthanc"], ">=", SPEED_BOUND),

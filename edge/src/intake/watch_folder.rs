@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -334,7 +334,10 @@ fn fill(file: &mut File, chunk: &mut [u8]) -> io::Result<usize> {
 
 /// Moves a file to the quarantine under a name of ours, with its reason beside it.
 fn quarantine(folder: &Path, path: &Path, file: &mut File, reason: Reason) -> io::Result<()> {
-    std::fs::create_dir_all(folder)?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
     for attempt in 0..1000 {
         let target = folder.join(format!("{}-{attempt}.file", unix_ms()));
         let created = File::options().write(true).create_new(true).open(&target);

@@ -13,6 +13,7 @@ mod writer;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -191,7 +192,11 @@ impl Spool {
     /// # Errors
     /// The folder cannot be used, or another process uses it.
     pub(crate) fn open(folder: &Path, limits: &SpoolLimits) -> Result<Arc<Self>, SpoolError> {
-        std::fs::create_dir_all(folder)?;
+        // Patients' data: nobody else reads it.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)?;
         let folder_file = File::open(folder)?;
         let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         rustix::fs::flock(&folder_file, exclusive)
