@@ -39,7 +39,7 @@ pub(crate) struct Convolution {
     pub(crate) kernel_row_bytes: usize,
     /// Bytes from one input pixel to the next.
     pub(crate) column_bytes: usize,
-    /// Rows and columns after pooling.
+    /// Rows and columns after pooling, as far as the next layer reads them.
     pub(crate) pooled: [usize; 2],
     pub(crate) n_inputs: usize,
     pub(crate) n_channels: usize,
@@ -119,6 +119,7 @@ impl Network {
             ];
             convolutions.push(convolution);
         }
+        trim(&mut convolutions);
         let mut n_inputs = shape.iter().product();
         let mut dense = Vec::new();
         for layer in chain.dense {
@@ -142,6 +143,16 @@ impl Network {
     /// Bytes of one image.
     pub(crate) fn image_bytes(&self) -> usize {
         self.image.iter().product()
+    }
+}
+
+/// Leaves out pooled rows and columns that the next convolution does not read, where its own pool drops a last odd one.
+fn trim(convolutions: &mut [Convolution]) {
+    for index in (1..convolutions.len()).rev() {
+        let read = convolutions[index].pooled.map(|n| 2 * n + KERNEL_SIDE - 1);
+        for (pooled, read) in convolutions[index - 1].pooled.iter_mut().zip(read) {
+            *pooled = read.min(*pooled);
+        }
     }
 }
 

@@ -7,6 +7,10 @@ use std::sync::Arc;
 use tract_onnx::Onnx;
 use tract_onnx::model::ParsingContext;
 use tract_onnx::pb::NodeProto;
+#[expect(
+    clippy::wildcard_imports,
+    reason = "tract's macros expand to these names"
+)]
 use tract_onnx::tract_hir::internal::*;
 
 use crate::convolution::GeneralConvolution;

@@ -32,6 +32,7 @@ mod neon_dot;
 #[cfg(target_arch = "aarch64")]
 mod neon_i8mm;
 mod packing;
+mod peak;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,7 @@ mod winograd;
 
 pub(crate) use cpu_time::cpu_time;
 pub(crate) use packing::{PackedBlock, Unpacked, pack};
+pub(crate) use peak::peak_macs_per_second;
 pub(crate) use winograd::{WinogradLayer, WinogradScratch, is_exact};
 
 /// An implementation of the arithmetic for one instruction set. All give the same bits.
@@ -440,42 +442,5 @@ pub(crate) fn dense(kernel: Kernel, activations: &[u8], weights: &[u8], sums: &m
         #[cfg(target_arch = "aarch64")]
         Kernel::NeonI8mm => unsafe { neon_i8mm::dense(activations, weights, sums) },
         _ => scalar::dense(activations, weights, sums),
-    }
-}
-
-/// Multiply-accumulates a second of CPU time of one core doing nothing but the kernel's multiplication, the best of several short runs; `None` for scalar code.
-pub(crate) fn peak_macs_per_second(kernel: Kernel) -> Option<f64> {
-    assert!(kernel.is_available(), "kernel {kernel} runs on this CPU");
-    let run = || {
-        let started = cpu_time();
-        let macs = peak(kernel, 200_000)?;
-        Some(f64::from(macs) / (cpu_time() - started).as_secs_f64())
-    };
-    (0..25)
-        .map(|_| run())
-        .reduce(|best, next| if next > best { next } else { best })
-        .flatten()
-}
-
-/// Repeats the kernel's multiplication on registers; returns the multiply-accumulates done.
-#[cfg_attr(
-    not(target_arch = "x86_64"),
-    expect(
-        unused_variables,
-        reason = "measured on x86 alone, where the kernels are tuned"
-    )
-)]
-fn peak(kernel: Kernel, repetitions: u32) -> Option<u32> {
-    match kernel {
-        // SAFETY: the CPU has the instructions, asserted by the only caller.
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx2 => Some(unsafe { avx2::peak(repetitions) }),
-        // SAFETY: the CPU has the instructions, asserted by the only caller.
-        #[cfg(target_arch = "x86_64")]
-        Kernel::AvxVnni => Some(unsafe { avxvnni::peak(repetitions) }),
-        // SAFETY: the CPU has the instructions, asserted by the only caller.
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx512Vnni => Some(unsafe { avx512vnni::peak(repetitions) }),
-        _ => None,
     }
 }
