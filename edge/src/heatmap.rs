@@ -12,7 +12,7 @@ use image::{ImageFormat, Rgb, RgbImage};
 use shared::SIDE;
 
 /// Channel of the tensor that is shown: the PE window.
-const SHOWN_CHANNEL: usize = 1;
+pub(crate) const SHOWN_CHANNEL: usize = 1;
 /// Rows and columns of the picture: [`SIDE`].
 const PICTURE_SIDE: u32 = 256;
 /// Greatest opacity of the colour.
@@ -37,6 +37,18 @@ pub(crate) fn picture(
     channel: usize,
     contributions: Option<&Contributions>,
 ) -> image::ImageResult<Vec<u8>> {
+    let mut file = Cursor::new(Vec::new());
+    let picture = drawn(tensor, channel, contributions);
+    picture.write_to(&mut file, ImageFormat::Png)?;
+    Ok(file.into_inner())
+}
+
+/// As [`picture`], not encoded.
+pub(crate) fn drawn(
+    tensor: &[u8],
+    channel: usize,
+    contributions: Option<&Contributions>,
+) -> RgbImage {
     let grey = &tensor[channel * SIDE * SIDE..][..SIDE * SIDE];
     let heat = contributions.map_or_else(|| vec![0.0; SIDE * SIDE], upsample);
     let greatest = heat.iter().copied().fold(0.0, f32::max);
@@ -52,9 +64,7 @@ pub(crate) fn picture(
     for (top, text) in (2..).step_by(GLYPH_ROWS as usize + 2).zip(BURNT_IN) {
         burn_in(&mut picture, text, top);
     }
-    let mut file = Cursor::new(Vec::new());
-    picture.write_to(&mut file, ImageFormat::Png)?;
-    Ok(file.into_inner())
+    picture
 }
 
 /// Contributions at each pixel, `[row, column]`.

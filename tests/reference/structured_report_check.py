@@ -3,6 +3,7 @@
 usage: structured_report_check.py [--edge target/debug/edge]
 
 For every result in tests/reference/results, as Comprehensive 3D SR and as Comprehensive SR:
+The secondary capture passes dciodvfy and pydicom reads its frames.
 dciodvfy and PixelMed's DicomSRValidator print no line with "Error" (their exit codes say nothing), dsrdump reads it,
 pydicom's content tree is the one written here, and highdicom reads finding, presence and probability through its own TID 1500.
 Needs dicom3tools, pixelmed-apps and dcmtk on the PATH, and requirements.txt.
@@ -133,6 +134,17 @@ def check_highdicom(path, result):
     assert sources == [(top["sop_uid"], top["frame"] and [top["frame"]]) for top in tops], sources
 
 
+def check_capture(path, result):
+    """The secondary capture of a judged, complete study: a page of words and the key slices."""
+    lines = [line for line in said("dciodvfy", path).splitlines() if "Error" in line]
+    assert not lines, lines
+    capture = pydicom.dcmread(path)
+    assert capture.BurnedInAnnotation == "YES" and capture.SOPInstanceUID == capture.file_meta.MediaStorageSOPInstanceUID
+    assert capture.pixel_array.reshape(-1, 512, 512, 3).shape[0] == 1 + len(result["top"]), capture.pixel_array.shape
+    assert len(capture.get("SourceImageSequence", [])) == len(result["top"])
+    return capture.SOPInstanceUID
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edge", default=HERE.parents[1] / "target/debug/edge")
@@ -153,7 +165,9 @@ def main():
                 check_highdicom(file, result)
                 uids.add(data_set.SOPInstanceUID)
                 print(f"{path.stem} as {name}: no error, content tree as expected")
-    assert len(uids) == 2 * len(results), "two documents share a UID"
+            uids.add(check_capture(f"{folder}/secondary-capture.dcm", result))
+            print(f"{path.stem} as secondary capture: no error")
+    assert len(uids) == 3 * len(results), "two documents share a UID"
 
 
 if __name__ == "__main__":

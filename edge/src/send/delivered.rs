@@ -15,6 +15,7 @@ use super::back_off::Patience;
 use super::data_set::{DataSet, Syntax};
 use super::delivery::{Delivery, End, Ways};
 use super::equipment::Device;
+use super::letter::NotMade;
 use super::outbox::{Channel, Channels, Counts, Outbox, enqueue};
 use super::pacs::Pacs;
 use super::sample;
@@ -91,7 +92,7 @@ impl Node {
         let delivery = Delivery::new(
             Arc::clone(&outbox),
             ways.clone(),
-            Box::new(|_| Err("no captures here".to_owned())),
+            Arc::new(|_, _| Err(NotMade::Never("no captures here".to_owned()))),
             Box::new(move |_, end| seen.lock().unwrap().push(end)),
         );
         let (stop, stopped) = watch::channel(false);

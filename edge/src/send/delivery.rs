@@ -14,11 +14,13 @@ use super::association::{Association, AssociationError};
 use super::back_off::{BackOff, Patience};
 use super::equipment::Device;
 use super::hl7::Hl7;
-use super::letter::{self, Capture};
+use super::letter::{self, Capture, Made, NotMade};
 use super::outbox::{Channel, Letter, Outbox, OutboxError};
 use super::pacs::{self, Pacs};
 use super::stow::Stow;
+use super::structured_report::Predecessor;
 use super::webhook::Webhook;
+use crate::result::StudyResult;
 
 /// How often a receiver's task looks into the outbox unasked.
 const IDLE: Duration = Duration::from_secs(30);
@@ -73,7 +75,7 @@ pub(crate) struct Delivery {
     pub(crate) outbox: Arc<Outbox>,
     ways: RwLock<Arc<Ways>>,
     /// Draws secondary captures.
-    capture: Box<Capture>,
+    capture: Arc<Capture>,
     observe: Box<Observe>,
 }
 
@@ -110,7 +112,7 @@ impl Delivery {
     pub(crate) fn new(
         outbox: Arc<Outbox>,
         ways: Ways,
-        capture: Box<Capture>,
+        capture: Arc<Capture>,
         observe: Box<Observe>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -196,7 +198,7 @@ impl Delivery {
 
     async fn to_pacs(
         &self,
-        ways: &Ways,
+        ways: &Arc<Ways>,
         pacs: &Pacs,
         due: Vec<(u64, Letter)>,
         back_off: &mut BackOff,
@@ -242,7 +244,7 @@ impl Delivery {
     /// Letters to a receiver that gets each by itself.
     async fn to_one_after_another(
         &self,
-        ways: &Ways,
+        ways: &Arc<Ways>,
         due: Vec<(u64, Letter)>,
         back_off: &mut BackOff,
     ) -> Result<(), OutboxError> {
@@ -268,7 +270,7 @@ impl Delivery {
     /// One letter in the class it was frozen in; where the receiver refuses that, in the next.
     async fn in_classes(
         &self,
-        ways: &Ways,
+        ways: &Arc<Ways>,
         sequence: u64,
         letter: &mut Letter,
         classes: &[&str],
@@ -286,7 +288,7 @@ impl Delivery {
             }
             let bytes = match self.frozen(ways, sequence, letter, class).await? {
                 Ok(bytes) => bytes,
-                Err(reason) => return Ok(Verdict::Refused(reason)),
+                Err(verdict) => return Ok(verdict),
             };
             verdict = line.send(ways, class, letter, bytes).await;
             if !matches!(verdict, Verdict::Refused(_)) {
@@ -299,34 +301,28 @@ impl Delivery {
     /// The bytes of a letter in a class, made and kept where they are not there yet; or why they cannot be made.
     async fn frozen(
         &self,
-        ways: &Ways,
+        ways: &Arc<Ways>,
         sequence: u64,
         letter: &mut Letter,
         class: &str,
-    ) -> Result<Result<Vec<u8>, String>, OutboxError> {
+    ) -> Result<Result<Vec<u8>, Verdict>, OutboxError> {
         let is_same = letter
             .document
             .as_ref()
             .is_none_or(|document| document.sop_class_uid == class);
         if letter.is_frozen && is_same {
             let kept = self.on_disk(move |outbox| outbox.frozen(sequence)).await?;
-            return Ok(kept.ok_or_else(|| "its bytes are gone".to_owned()));
+            return Ok(kept.ok_or_else(|| Verdict::Refused("its bytes are gone".to_owned())));
         }
         let asked = letter.clone();
         let (result, predecessor) = self
             .on_disk(move |outbox| Ok((outbox.result(sequence)?, outbox.predecessor(&asked)?)))
             .await?;
-        let made = letter::make(
-            letter,
-            class,
-            &result,
-            ways,
-            predecessor.as_ref(),
-            &*self.capture,
-        );
+        let made = self.make(ways, letter, class, result, predecessor).await;
         let made = match made {
             Ok(made) => made,
-            Err(reason) => return Ok(Err(reason)),
+            Err(NotMade::Later(reason)) => return Ok(Err(Verdict::Later(reason))),
+            Err(NotMade::Never(reason)) => return Ok(Err(Verdict::Refused(reason))),
         };
         letter.document = made.document;
         letter.is_frozen = true;
@@ -337,13 +333,38 @@ impl Delivery {
         Ok(Ok(bytes))
     }
 
+    /// Makes a letter where blocking is allowed: a capture waits for a worker and for the network.
+    async fn make(
+        &self,
+        ways: &Arc<Ways>,
+        letter: &Letter,
+        class: &str,
+        result: StudyResult,
+        predecessor: Option<Predecessor>,
+    ) -> Result<Made, NotMade> {
+        let (ways, letter, class) = (Arc::clone(ways), letter.clone(), class.to_owned());
+        let capture = Arc::clone(&self.capture);
+        tokio::task::spawn_blocking(move || {
+            letter::make(
+                &letter,
+                &class,
+                &result,
+                &ways,
+                predecessor.as_ref(),
+                &*capture,
+            )
+        })
+        .await
+        .unwrap_or_else(|error| Err(NotMade::Later(error.to_string())))
+    }
+
     /// Records what a receiver said.
     async fn settle(
         &self,
         sequence: u64,
         letter: Letter,
         verdict: Verdict,
-        ways: &Ways,
+        ways: &Arc<Ways>,
         back_off: &mut BackOff,
     ) -> Result<(), OutboxError> {
         let channel = letter.channel.name();

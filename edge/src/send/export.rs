@@ -1,17 +1,20 @@
 //! `edge report`: the documents of a result as files, for whoever wants to see what would be sent.
 //!
-//! In: a file with a study's result as JSON, as the store keeps it. Out: `DIR/comprehensive-3d-sr.dcm` and `DIR/comprehensive-sr.dcm`.
+//! In: a file with a study's result as JSON, as the store keeps it. Out: `comprehensive-3d-sr.dcm`, `comprehensive-sr.dcm` and
+//! `secondary-capture.dcm` in a folder; the pixels are not at hand here, so the capture's slices are black.
 
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use image::RgbImage;
 use jiff::tz::TimeZone;
 
-use super::data_set::{self, Syntax};
+use super::data_set::{self, DataSet, Syntax};
 use super::equipment::Device;
 use super::identity;
+use super::secondary_capture::{self, KeySlice};
 use super::structured_report::{self, Class};
 use crate::exit::{Exit, Failure, failure};
 use crate::result::StudyResult;
@@ -48,15 +51,34 @@ pub(crate) fn run(arguments: &ReportArguments, out: &mut dyn Write) -> Result<Ex
         let set = structured_report::report(&result, class, &device, None)
             .ok_or_else(|| anyhow!("nothing is sent for a study with this outcome"))
             .map_err(failure(Exit::BadData))?;
-        let uid = identity::document_uid(&result, class.uid());
-        let file = data_set::file(class.uid(), uid.as_str(), &set.encode(Syntax::Explicit));
         let path = arguments.out.join(name);
-        fs::write(&path, file)
-            .with_context(|| path.display().to_string())
-            .map_err(failure(Exit::CannotWrite))?;
-        writeln!(out, "{}", path.display()).map_err(failure(Exit::CannotWrite))?;
+        write(&result, class.uid(), &set, &path, out)?;
     }
+    let slices: Vec<_> = secondary_capture::key_slices(&result)
+        .map(|slice| KeySlice {
+            slice,
+            picture: RgbImage::new(256, 256),
+        })
+        .collect();
+    let set = secondary_capture::capture(&result, &device, &slices);
+    let path = arguments.out.join("secondary-capture.dcm");
+    write(&result, secondary_capture::SOP_CLASS_UID, &set, &path, out)?;
     Ok(Exit::Ok)
+}
+
+fn write(
+    result: &StudyResult,
+    class: &str,
+    set: &DataSet,
+    path: &Path,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let uid = identity::document_uid(result, class);
+    let file = data_set::file(class, uid.as_str(), &set.encode(Syntax::Explicit));
+    fs::write(path, file)
+        .with_context(|| path.display().to_string())
+        .map_err(failure(Exit::CannotWrite))?;
+    writeln!(out, "{}", path.display()).map_err(failure(Exit::CannotWrite))
 }
 
 fn read(arguments: &ReportArguments) -> anyhow::Result<StudyResult> {

@@ -1,15 +1,25 @@
 //! The bytes of a letter: what a channel sends for a result.
 
-use super::data_set::Syntax;
+use super::data_set::{DataSet, Syntax};
 use super::delivery::Ways;
+use super::equipment::Device;
 use super::identity;
 use super::outbox::{Channel, Document, Letter};
 use super::structured_report::{self, Class, Predecessor};
 use super::webhook;
 use crate::result::StudyResult;
 
-/// Draws the secondary capture of a result as a data set in Explicit VR Little Endian, or says why it cannot.
-pub(crate) type Capture = dyn Fn(&StudyResult) -> Result<Vec<u8>, String> + Send + Sync;
+/// Draws the secondary capture of a result.
+pub(crate) type Capture = dyn Fn(&StudyResult, &Device) -> Result<DataSet, NotMade> + Send + Sync;
+
+/// Why there is no letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NotMade {
+    /// What it needs is not there yet.
+    Later(String),
+    /// It never will be.
+    Never(String),
+}
 
 /// What was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +41,7 @@ pub(crate) fn make(
     ways: &Ways,
     predecessor: Option<&Predecessor>,
     capture: &Capture,
-) -> Result<Made, String> {
+) -> Result<Made, NotMade> {
     let document = |modality: &str| Document {
         sop_class_uid: sop_class_uid.to_owned(),
         series_uid: identity::series_uid(result, modality),
@@ -46,7 +56,8 @@ pub(crate) fn make(
                 Class::Comprehensive3D
             };
             let set = structured_report::report(result, class, &ways.device, predecessor);
-            let set = set.ok_or("nothing is said of this study")?;
+            let set =
+                set.ok_or_else(|| NotMade::Never("nothing is said of this study".to_owned()))?;
             Ok(Made {
                 document: Some(document("SR")),
                 bytes: set.encode(Syntax::Explicit),
@@ -54,14 +65,15 @@ pub(crate) fn make(
         }
         Channel::SecondaryCapture => Ok(Made {
             document: Some(document("OT")),
-            bytes: capture(result)?,
+            bytes: capture(result, &ways.device)?.encode(Syntax::Explicit),
         }),
         Channel::Webhook => Ok(Made {
             document: None,
             bytes: webhook::body(result, key),
         }),
         Channel::Hl7 => {
-            let hl7 = ways.hl7.as_ref().ok_or("HL7 is not configured any more")?;
+            let gone = || NotMade::Later("HL7 is not configured any more".to_owned());
+            let hl7 = ways.hl7.as_ref().ok_or_else(gone)?;
             Ok(Made {
                 document: None,
                 bytes: hl7.message(result, key),

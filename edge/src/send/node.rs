@@ -20,21 +20,27 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
 use super::back_off::Patience;
+use super::data_set::DataSet;
 use super::delivery::{Delivery, End, Ways};
 use super::equipment::Device;
 use super::hl7::Hl7;
 use super::http;
+use super::letter::NotMade;
 use super::outbox::{Channel, Counts, Letter, Outbox};
 use super::pacs::Pacs;
+use super::secondary_capture::{self, KeySlice};
 use super::stow::Stow;
 use super::webhook::{Secret, Webhook};
 use crate::config::{Config, Tls};
 use crate::decide::store::Store;
 use crate::exit::{Exit, Failure, failure};
+use crate::heatmap;
 use crate::intake::{retention, unix_ms};
 use crate::operate::audit::Event;
 use crate::operate::metrics::{self, DeliveryChannel, DeliveryEnd};
 use crate::operate::watch;
+use crate::page::NotShown;
+use crate::result::StudyResult;
 use crate::serve::NodeState;
 
 /// The system's time zone.
@@ -61,11 +67,11 @@ pub(crate) fn start(node: &Arc<NodeState>) -> Result<JoinHandle<()>, Failure> {
     let device = device(node).map_err(failure(Exit::CannotWrite))?;
     let config = Arc::clone(&node.config.borrow());
     let ways = ways(&config, &device).map_err(failure(Exit::Configuration))?;
-    let observed = Arc::clone(node);
+    let (observed, drawing) = (Arc::clone(node), Arc::clone(node));
     let delivery = Delivery::new(
         Arc::clone(&node.outbox),
         ways,
-        Box::new(|_| Err("captures are not drawn here".to_owned())),
+        Arc::new(move |result, device| draw(&drawing, result, device)),
         Box::new(move |letter, end| count(&observed, letter, end)),
     );
     tokio::spawn(ring(Arc::clone(node)));
@@ -157,6 +163,27 @@ fn count(node: &NodeState, letter: &Letter, end: End) {
     drop(node.page_changed.send(()));
 }
 
+/// The capture, its slices read again from the spool by the page's worker: deciding is not held up.
+fn draw(node: &NodeState, result: &StudyResult, device: &Device) -> Result<DataSet, NotMade> {
+    let mut slices = Vec::new();
+    for slice in secondary_capture::key_slices(result) {
+        match node.slices.read(&node.spool, slice, true) {
+            Ok(shown) => slices.push(KeySlice {
+                slice,
+                picture: heatmap::drawn(
+                    &shown.tensor,
+                    heatmap::SHOWN_CHANNEL,
+                    shown.contributions.as_ref(),
+                ),
+            }),
+            // What retention has deleted or the worker cannot read again is left out.
+            Err(NotShown::Purged | NotShown::Refused(_)) => {}
+            Err(busy @ NotShown::Busy) => return Err(NotMade::Later(busy.to_string())),
+        }
+    }
+    Ok(secondary_capture::capture(result, device, &slices))
+}
+
 /// This installation: a random UUID that is made once and kept beside the results.
 fn device(node: &NodeState) -> anyhow::Result<Device> {
     let mut random = [0; 16];
@@ -185,6 +212,9 @@ fn time_zone() -> TimeZone {
 /// The receivers of a configuration.
 fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
     let pacs = config.pacs.as_ref().map(|pacs| {
+        if pacs.storage_commitment {
+            tracing::warn!("[pacs] storage_commitment is not asked for by this version");
+        }
         let tls = config.tls.as_ref().filter(|_| pacs.tls);
         Ok::<_, anyhow::Error>(Pacs {
             calling: config.ae_title.clone(),
