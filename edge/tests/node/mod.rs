@@ -1,7 +1,13 @@
 //! A running `edge serve`, and a DICOM client that can misbehave: what the tests of the node share.
 #![allow(
     dead_code,
+    unreachable_pub,
     reason = "each test program uses a part of what all of them share"
+)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a step that fails fails its test"
 )]
 
 use std::collections::BTreeMap;

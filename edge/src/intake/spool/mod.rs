@@ -251,25 +251,7 @@ impl Spool {
     /// # Errors
     /// The reason why not.
     pub(crate) fn room(&self) -> Result<(), SpoolError> {
-        let limits = lock(&self.shared.limits).clone();
-        let used_bytes = self.shared.used_bytes.load(Ordering::Relaxed);
-        if used_bytes >= limits.quota_bytes {
-            return Err(SpoolError::Quota {
-                used_bytes,
-                quota_bytes: limits.quota_bytes,
-            });
-        }
-        if lock(&self.shared.index).len() >= MAX_OBJECTS {
-            return Err(SpoolError::TooMany);
-        }
-        let free_bytes = self.free_bytes()?;
-        if free_bytes < limits.keep_free_bytes {
-            return Err(SpoolError::DiskFull {
-                free_bytes,
-                keep_free_bytes: limits.keep_free_bytes,
-            });
-        }
-        Ok(())
+        self.shared.room()
     }
 
     /// Free bytes of the file system, looked up at most five times a second.
@@ -277,16 +259,7 @@ impl Spool {
     /// # Errors
     /// The file system does not say.
     pub(crate) fn free_bytes(&self) -> Result<u64, SpoolError> {
-        let mut known = lock(&self.shared.free_space);
-        if let Some((at, bytes)) = *known
-            && at.elapsed() < FREE_SPACE_AGE
-        {
-            return Ok(bytes);
-        }
-        let stat = rustix::fs::fstatvfs(&self.shared.folder_file).map_err(io::Error::from)?;
-        let bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
-        *known = Some((Instant::now(), bytes));
-        Ok(bytes)
+        self.shared.free_bytes()
     }
 
     /// Changes the bounds; what is being written keeps the old ones.
@@ -421,6 +394,8 @@ impl Entry {
                 }
             }
             Body::Streamed(mut stream) => {
+                // A large object must not take the last room while it comes.
+                self.shared.room()?;
                 stream.append(bytes)?;
                 Body::Streamed(stream)
             }
@@ -500,15 +475,48 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         self.give_budget_back();
-        match self.body.take() {
-            Some(Body::Buffered(buffer)) => self.shared.queue.keep_buffer(buffer),
-            Some(Body::Streamed(stream)) => stream.abandon(),
-            None => {}
+        if let Some(Body::Buffered(buffer)) = self.body.take() {
+            self.shared.queue.keep_buffer(buffer);
         }
     }
 }
 
 impl Shared {
+    fn room(&self) -> Result<(), SpoolError> {
+        let limits = lock(&self.limits).clone();
+        let used_bytes = self.used_bytes.load(Ordering::Relaxed);
+        if used_bytes >= limits.quota_bytes {
+            return Err(SpoolError::Quota {
+                used_bytes,
+                quota_bytes: limits.quota_bytes,
+            });
+        }
+        if lock(&self.index).len() >= MAX_OBJECTS {
+            return Err(SpoolError::TooMany);
+        }
+        let free_bytes = self.free_bytes()?;
+        if free_bytes < limits.keep_free_bytes {
+            return Err(SpoolError::DiskFull {
+                free_bytes,
+                keep_free_bytes: limits.keep_free_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    fn free_bytes(&self) -> Result<u64, SpoolError> {
+        let mut known = lock(&self.free_space);
+        if let Some((at, bytes)) = *known
+            && at.elapsed() < FREE_SPACE_AGE
+        {
+            return Ok(bytes);
+        }
+        let stat = rustix::fs::fstatvfs(&self.folder_file).map_err(io::Error::from)?;
+        let bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
+        *known = Some((Instant::now(), bytes));
+        Ok(bytes)
+    }
+
     fn take_budget(&self, bytes: usize) -> bool {
         let take = |used: usize| {
             let used = used.checked_add(bytes)?;

@@ -52,10 +52,11 @@ pub(super) enum Body {
     Streamed(Stream),
 }
 
-/// A file that is being written.
+/// A file that is being written. Dropped before it is adopted, it is removed.
 #[derive(Debug)]
 pub(super) struct Stream {
-    segment: Segment,
+    segment: Arc<Segment>,
+    is_adopted: bool,
     waiting: Vec<u8>,
     written_bytes: u64,
 }
@@ -63,7 +64,8 @@ pub(super) struct Stream {
 impl Stream {
     pub(super) fn new(segment: Segment) -> Self {
         Self {
-            segment,
+            segment: Arc::new(segment),
+            is_adopted: false,
             waiting: Vec::with_capacity(STREAM_CHUNK_BYTES),
             written_bytes: 0,
         }
@@ -88,10 +90,6 @@ impl Stream {
         self.segment.file.sync_data()
     }
 
-    pub(super) fn abandon(self) {
-        self.segment.remove();
-    }
-
     fn flush(&mut self) -> io::Result<()> {
         self.segment
             .file
@@ -99,6 +97,14 @@ impl Stream {
         self.written_bytes += self.waiting.len() as u64;
         self.waiting.clear();
         Ok(())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.is_adopted {
+            self.segment.remove();
+        }
     }
 }
 
@@ -275,7 +281,7 @@ impl Writer<'_> {
             drop(placed.push((place, sequence, pending.reply)));
         }
         let durable = self.make_durable(is_segment_written, is_folder_changed);
-        self.answer(placed, durable);
+        self.answer(placed, &durable);
     }
 
     /// Writes a record at the segment's end, in a new segment where it does not fit.
@@ -305,16 +311,11 @@ impl Writer<'_> {
     }
 
     /// Gives a streamed object, which is durable, its block.
-    fn adopt(&self, record: &Record, stream: Stream) -> Result<Place, SpoolError> {
-        let segment = Arc::new(stream.segment);
-        let written = segment
-            .file
-            .write_all_at(&record.encode(), 0)
-            .and_then(|()| self.shared.sync(&segment.file));
-        if let Err(error) = written {
-            segment.remove();
-            return Err(error.into());
-        }
+    fn adopt(&self, record: &Record, mut stream: Stream) -> Result<Place, SpoolError> {
+        let segment = Arc::clone(&stream.segment);
+        segment.file.write_all_at(&record.encode(), 0)?;
+        self.shared.sync(&segment.file)?;
+        stream.is_adopted = true;
         let written = record.object_bytes + 2 * super::BLOCK_BYTES as u64;
         self.shared
             .written_bytes
@@ -345,13 +346,13 @@ impl Writer<'_> {
     fn answer(
         &self,
         placed: heapless::Vec<(Result<Place, SpoolError>, u64, Reply), QUEUE_LENGTH>,
-        durable: io::Result<()>,
+        durable: &io::Result<()>,
     ) {
         let mut latest = None;
         let mut answers = heapless::Vec::<_, QUEUE_LENGTH>::new();
         let mut index = lock(&self.shared.index);
         for (place, sequence, reply) in placed {
-            let answer = match (place, &durable) {
+            let answer = match (place, durable) {
                 (Ok(place), Ok(())) => {
                     let bytes = record_bytes(place.object_bytes);
                     self.shared.used_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -407,24 +408,19 @@ impl Writer<'_> {
     }
 
     fn purge(&mut self, sequences: &[u64]) -> Result<(), SpoolError> {
-        let mut purged: BTreeMap<_, Arc<Segment>> = BTreeMap::new();
+        let mut touched: BTreeMap<_, Arc<Segment>> = BTreeMap::new();
         for sequence in sequences {
             let place = lock(&self.shared.index).remove(sequence);
             let Some(place) = place else { continue };
             let bytes = record_bytes(place.object_bytes);
             self.shared.used_bytes.fetch_sub(bytes, Ordering::Relaxed);
             place.segment.punch(place.offset, place.object_bytes)?;
-            purged.insert(place.segment.path.clone(), place.segment);
+            touched.insert(Arc::as_ptr(&place.segment), place.segment);
         }
-        let mut emptied = Vec::new();
-        for (path, segment) in purged {
-            let is_used = lock(&self.shared.index)
-                .values()
-                .any(|place| place.segment.path == path);
-            if !is_used {
-                emptied.push(segment);
-            }
+        for place in lock(&self.shared.index).values() {
+            touched.remove(&Arc::as_ptr(&place.segment));
         }
+        let emptied: Vec<Arc<Segment>> = touched.into_values().collect();
         if emptied.is_empty() {
             return Ok(());
         }
