@@ -172,16 +172,11 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let sending = send::node::start(&node)?;
     let deciding = decide::node::start(&node).await?;
     operate::watch::started(&node);
-    loop {
-        match signals.next().await {
-            Asked::Reload => {
-                operate::systemd::reloading();
-                let is_in_force = reload_config(path.as_deref(), &reload, &tls, &node);
-                operate::watch::note(&node, &Event::Reloaded { is_in_force });
-                operate::systemd::ready(&format!("listening on {dicom_address}"));
-            }
-            Asked::Stop => break,
-        }
+    while let Asked::Reload = signals.next().await {
+        operate::systemd::reloading();
+        let is_in_force = reload_config(path.as_deref(), &reload, &tls, &node);
+        operate::watch::note(&node, &Event::Reloaded { is_in_force });
+        operate::systemd::ready(&format!("listening on {dicom_address}"));
     }
     operate::systemd::stopping();
     tracing::info!("stopping");

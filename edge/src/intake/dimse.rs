@@ -158,7 +158,10 @@ mod tests {
         assert_eq!(read.sop_instance_uid, "1.2.3");
         assert!(!read.has_data_set);
         assert_eq!(bytes.len() % 2, 0);
-        assert_eq!(bytes[8..12], u32::try_from(bytes.len() - 12).unwrap().to_le_bytes());
+        assert_eq!(
+            bytes[8..12],
+            u32::try_from(bytes.len() - 12).unwrap().to_le_bytes()
+        );
     }
 
     #[test]
