@@ -137,18 +137,23 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let (tls, identity) = watch::channel(load_tls(&config.borrow())?);
     let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone(), identity));
     intake.visitors.audit_to(Arc::clone(&audit));
+    let counters = Arc::<Counters>::default();
+    let metrics = Metrics {
+        inference_seconds: counters.inference_seconds.clone(),
+        ..Metrics::default()
+    };
     let node = Arc::new(NodeState {
         spool,
         config,
         intake,
         store,
         outbox,
-        counters: Arc::default(),
+        counters,
         model: watch::Sender::default(),
         changed: broadcast::Sender::new(CHANGES),
         stopping,
         started: Instant::now(),
-        metrics: Metrics::default(),
+        metrics,
         page_changed: broadcast::channel(PAGE_CHANGES).0,
         slices: page::slices::Slices::default(),
         audit,
@@ -156,6 +161,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     });
     let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
     start_retention_and_folder(&node);
+    let page_settings = page::node::follow_settings(&node, page_settings);
     let router = page::routes::router(page::node::sources(&node), page_settings);
     tokio::spawn(page::server::run(
         page_listener,

@@ -173,6 +173,44 @@ fn names_stay_hidden_where_the_configuration_says_so() {
     assert!(get(page, "/").contains("No statement"));
 }
 
+#[test]
+fn the_service_manager_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket_path = folder.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&socket_path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let config = folder.path().join("edge.toml");
+    let settings = "state_dir = \"state\"\ndicom_bind = \"127.0.0.1\"\ndicom_port = 0\nhttp_bind = \"127.0.0.1:0\"\n[retention]\nkeep_free_mib = 1\n";
+    std::fs::write(&config, settings).unwrap();
+    // The watchdog is meant for the process that systemd names.
+    let command = "WATCHDOG_PID=$$ exec \"$0\" serve --config \"$1\"";
+    let mut node = Command::new("/bin/sh")
+        .args(["-c", command, env!("CARGO_BIN_EXE_edge")])
+        .arg(&config)
+        .env("NOTIFY_SOCKET", &socket_path)
+        .env("WATCHDOG_USEC", "300000")
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut heard = String::new();
+    let mut listen_for = |wanted: &str| {
+        let mut message = [0; 4096];
+        while !heard.contains(wanted) {
+            let n_bytes = socket.recv(&mut message).unwrap();
+            heard += &String::from_utf8_lossy(&message[..n_bytes]);
+            heard.push('\n');
+        }
+    };
+    listen_for("READY=1");
+    listen_for("WATCHDOG=1");
+    let id = rustix::process::Pid::from_child(&node);
+    rustix::process::kill_process(id, rustix::process::Signal::HUP).unwrap();
+    listen_for("RELOADING=1");
+    rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
+    listen_for("STOPPING=1");
+    assert!(node.wait().unwrap().success());
+}
+
 fn edge(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_edge"))
         .args(arguments)

@@ -4,6 +4,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
+use crate::operate::metrics::Seconds;
+
 /// The counts.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -17,6 +19,8 @@ pub(crate) struct Counters {
     n_open_studies: AtomicU64,
     n_workers_replaced: AtomicU64,
     is_unconfined: AtomicBool,
+    /// Time of the network for one slice.
+    pub(crate) inference_seconds: Seconds,
 }
 
 /// The counts at one moment.

@@ -233,7 +233,16 @@ impl Decider {
                 if known.is_some() {
                     self.parts.counters.recognised();
                 }
-                let answer = known.map_or_else(|| self.parts.network.logit(&tensor.bytes), Ok);
+                let answer = known.map_or_else(
+                    || {
+                        let start = Instant::now();
+                        let answer = self.parts.network.logit(&tensor.bytes);
+                        let seconds = start.elapsed().as_secs_f64();
+                        self.parts.counters.inference_seconds.observe(seconds);
+                        answer
+                    },
+                    Ok,
+                );
                 row.facts = Some(tensor.facts);
                 match answer {
                     Ok(logit) => (row.logit, row.model) = (Some(logit), Some(model.clone())),

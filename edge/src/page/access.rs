@@ -74,7 +74,8 @@ impl Asset {
 /// Lets a request in or not, and gives the answer its headers.
 pub(crate) async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let token = shared.settings.token.as_deref();
+    let settings = shared.settings();
+    let token = settings.token.as_deref();
     let answer = match token {
         _ if OPEN.contains(&path) => next.run(request).await,
         None if is_local(request.headers()) => next.run(request).await,

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use super::{Settings, Sources};
 use crate::config::Config;
 use crate::decide::store::StoreError;
@@ -42,6 +44,25 @@ pub(crate) fn settings(config: &Config) -> std::io::Result<Settings> {
         is_anonymous: config.page.hide_patient_names,
         token: token.map(|token| token.trim().to_owned()),
     })
+}
+
+/// The settings, and those of each configuration that is read again; one whose token file cannot be read changes nothing.
+pub(crate) fn follow_settings(
+    node: &Arc<NodeState>,
+    first: Settings,
+) -> watch::Receiver<Arc<Settings>> {
+    let (sender, receiver) = watch::channel(Arc::new(first));
+    let mut config = node.config.clone();
+    tokio::spawn(async move {
+        while config.changed().await.is_ok() {
+            let config = Arc::clone(&config.borrow_and_update());
+            match settings(&config) {
+                Ok(settings) => drop(sender.send_replace(Arc::new(settings))),
+                Err(error) => tracing::error!(%error, "the page's settings are not changed"),
+            }
+        }
+    });
+    receiver
 }
 
 /// What the store says; nothing where it cannot be read, which is logged.

@@ -3,6 +3,7 @@
 //! What reads from a source runs off the event loop. Nothing here changes anything but the sign-in, which sets a cookie.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
@@ -13,7 +14,7 @@ use axum::routing::get;
 use maud::{Markup, html};
 use serde::{Deserialize, Serialize};
 use shared::uid::Uid;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use super::layout::{self, Frame, Place};
 use super::picture::{self, Window};
@@ -27,6 +28,8 @@ use crate::result::StudyResult;
 const MAX_PICTURES: usize = 2;
 /// Pictures that are drawn or wait; more are refused.
 const MAX_WAITING: usize = 32;
+/// How long a wrong token is answered late.
+const REFUSED_PAUSE: Duration = Duration::from_millis(500);
 /// Longest body of the sign-in form, in bytes.
 const MAX_FORM_BYTES: usize = 4 << 10;
 
@@ -34,17 +37,17 @@ const MAX_FORM_BYTES: usize = 4 << 10;
 #[derive(Clone, Debug)]
 pub(crate) struct Shared {
     pub(super) sources: Arc<Sources>,
-    pub(super) settings: Arc<Settings>,
+    settings: watch::Receiver<Arc<Settings>>,
     listeners: live::Listeners,
     drawing: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
 }
 
 /// The page's routes.
-pub(crate) fn router(sources: Sources, settings: Settings) -> Router {
+pub(crate) fn router(sources: Sources, settings: watch::Receiver<Arc<Settings>>) -> Router {
     let shared = Shared {
         sources: Arc::new(sources),
-        settings: Arc::new(settings),
+        settings,
         listeners: live::Listeners::default(),
         drawing: Arc::new(Semaphore::new(MAX_PICTURES)),
         waiting: Arc::new(Semaphore::new(MAX_WAITING)),
@@ -72,6 +75,13 @@ pub(crate) fn router(sources: Sources, settings: Settings) -> Router {
             access::guard,
         ))
         .with_state(shared)
+}
+
+impl Shared {
+    /// As they are now; a reload may change them.
+    pub(super) fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.borrow())
+    }
 }
 
 /// Runs what may block, with the sources.
@@ -103,7 +113,7 @@ fn not_found(words: &str) -> Response {
 }
 
 async fn worklist_page(State(shared): State<Shared>) -> Result<Response, Response> {
-    let is_anonymous = shared.settings.is_anonymous;
+    let is_anonymous = shared.settings().is_anonymous;
     read(&shared, move |sources| {
         let (mut rows, mut n_more) = (Vec::new(), 0);
         (sources.studies)(&mut |result| {
@@ -136,7 +146,7 @@ async fn study_page(
     let Ok(uid) = Uid::new(&uid) else {
         return Ok(not_found("There is no such study."));
     };
-    let is_anonymous = shared.settings.is_anonymous;
+    let is_anonymous = shared.settings().is_anonymous;
     let view = view.map(|Query(view)| view).unwrap_or_default();
     read(&shared, move |sources| match (sources.study)(&uid) {
         Some(result) => {
@@ -379,12 +389,16 @@ struct SignIn {
 }
 
 async fn sign_in(State(shared): State<Shared>, Form(form): Form<SignIn>) -> Response {
-    match &shared.settings.token {
+    match &shared.settings().token {
         Some(token) if access::is_same(form.token.trim(), token) => {
             let cookie = [(header::SET_COOKIE, access::cookie(token))];
             (cookie, Redirect::to("/")).into_response()
         }
-        Some(_) => (StatusCode::FORBIDDEN, Html(door_page(true))).into_response(),
+        Some(_) => {
+            // Whoever tries many waits long.
+            tokio::time::sleep(REFUSED_PAUSE).await;
+            (StatusCode::FORBIDDEN, Html(door_page(true))).into_response()
+        }
         None => Redirect::to("/").into_response(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::Duration;
 
 use shared::TENSOR_BYTES;
@@ -56,6 +57,7 @@ fn serve(settings: Settings) -> Served {
         .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
         .unwrap();
     let address = listener.local_addr().unwrap();
+    let settings = tokio::sync::watch::Sender::new(Arc::new(settings)).subscribe();
     let app = routes::router(sources, settings);
     runtime.spawn(async move { axum::serve(listener, app).await });
     Served {
