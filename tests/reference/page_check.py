@@ -17,6 +17,9 @@ import time
 import urllib.request
 
 
+LIVE = 'id="live-text">Live<'
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -24,7 +27,7 @@ def free_port():
 
 
 def chromium(*arguments):
-    fixed = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--enable-logging=stderr", "--timeout=20000", "--virtual-time-budget=3000"]
+    fixed = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--enable-logging=stderr", "--timeout=6000"]
     return subprocess.run([*fixed, *arguments], capture_output=True, text=True, timeout=120)
 
 
@@ -69,10 +72,14 @@ def examine(edge, config, page, shots):
         time.sleep(0.2)
     well = True
     for name, address in [("worklist", f"http://{page}/"), ("study", f"{study}?heatmap=1"), ("system", f"http://{page}/system")]:
-        loaded = chromium("--dump-dom", address)
+        # The page is dumped as soon as it is loaded; the first event may come a moment later.
+        for _ in range(5):
+            loaded = chromium("--dump-dom", address)
+            if LIVE in loaded.stdout:
+                break
         console = [line for line in loaded.stderr.splitlines() if "CONSOLE" in line]
         well &= check(f"{name}: no console message", not console, "\n".join(console))
-        well &= check(f"{name}: live", 'id="live-text">Live<' in loaded.stdout, loaded.stdout[-2000:])
+        well &= check(f"{name}: live", LIVE in loaded.stdout, loaded.stdout[-2000:])
         well &= check(f"{name}: times are the reader's", not re.search(r"<time[^>]*>[^<]* UTC<", loaded.stdout))
         plain = urllib.request.urlopen(address).read().decode()
         words = lambda html: sorted(set(re.findall(r'class="badge[^"]*">([^<]*)', html)))
