@@ -3,6 +3,7 @@
 //! In: the cache's rows. Out: batches `[image, 3, 256, 256]` u8 with label and weight of each image. Every choice follows
 //! from (seed, epoch, position), so a run can be continued anywhere.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 
@@ -31,6 +32,9 @@ pub enum Sampling {
     Balanced,
     /// As `balanced`, but the larger class is drawn anew in each epoch.
     BalancedEachEpoch,
+    /// As many negative as positive slices, each positive one in one batch with a negative one: that of the same patient
+    /// at the same height without the embolus where there is one (a thin phantom's training part), for every pair of the first epoch and for half of the others'; otherwise one at random.
+    Matched,
     /// All slices; to be used with class weights.
     All,
 }
@@ -52,6 +56,8 @@ pub struct Augmentation {
 pub struct Sample {
     positive: Vec<usize>,
     negative: Vec<usize>,
+    /// Of a positive slice, the negative one at the same height of the same patient.
+    twin: HashMap<usize, usize>,
 }
 
 impl Sample {
@@ -75,6 +81,16 @@ impl Sample {
                 .push(index);
             }
         }
+        // Heights are random reals: two slices with the same one are the same patient's.
+        let height = |&row: &usize| cache.rows()[row].z_mm.map(f64::to_bits);
+        let negative = sample.negative.iter();
+        let by_height: HashMap<u64, usize> = negative
+            .filter_map(|row| Some((height(row)?, *row)))
+            .collect();
+        let positive = sample.positive.iter();
+        sample.twin = positive
+            .filter_map(|row| Some((*row, *by_height.get(&height(row)?)?)))
+            .collect();
         sample
     }
 
@@ -91,7 +107,7 @@ impl Sample {
                 self.positive.truncate(each);
                 self.negative.truncate(each);
             }
-            Sampling::BalancedEachEpoch => {
+            Sampling::BalancedEachEpoch | Sampling::Matched => {
                 self.positive.truncate(n / 2);
                 self.negative.truncate(n / 2);
             }
@@ -146,6 +162,10 @@ impl Sample {
         epoch: u32,
     ) -> Vec<Vec<usize>> {
         let mut random = Random::new(seed, STREAM_SHUFFLE + u64::from(epoch));
+        if sampling == Sampling::Matched {
+            let pairs = self.pairs(epoch, &mut random);
+            return pairs.chunks(batch.max(2)).map(<[usize]>::to_vec).collect();
+        }
         let mut rows = if sampling == Sampling::BalancedEachEpoch {
             let each = self.positive.len().min(self.negative.len());
             let mut rows = Vec::with_capacity(2 * each);
@@ -160,6 +180,24 @@ impl Sample {
         };
         random.shuffle(&mut rows);
         rows.chunks(batch.max(1)).map(<[usize]>::to_vec).collect()
+    }
+}
+
+impl Sample {
+    /// Positive and negative slices in turn, as [`Sampling::Matched`] says.
+    fn pairs(&self, epoch: u32, random: &mut Random) -> Vec<usize> {
+        let mut positive = self.positive.clone();
+        random.shuffle(&mut positive);
+        let mut rows = Vec::with_capacity(2 * positive.len());
+        for row in positive {
+            let is_matched = epoch == 0 || random.below(2) == 0;
+            let twin = self.twin.get(&row).filter(|_| is_matched);
+            let other = || self.negative.get(random.below(self.negative.len()));
+            if let Some(&negative) = twin.or_else(other) {
+                rows.extend([row, negative]);
+            }
+        }
+        rows
     }
 }
 
@@ -304,6 +342,9 @@ mod tests {
         Sample {
             positive: (0..positive).collect(),
             negative: (positive..positive + negative).collect(),
+            twin: (0..positive.min(negative))
+                .map(|row| (row, positive + row))
+                .collect(),
         }
     }
 
@@ -356,6 +397,19 @@ mod tests {
                 .collect::<std::collections::BTreeSet<_>>()
         };
         assert_ne!(set(&first), set(&second));
+    }
+
+    #[test]
+    fn matched_batches_pair_each_positive_with_its_twin() {
+        let all = sample(50, 60);
+        let is_twin = |pair: &&[usize]| pair[1] == pair[0] + 50;
+        let count = |epoch| {
+            let rows = all.epoch(Sampling::Matched, 8, 3, epoch).concat();
+            assert_eq!(rows.len(), 100);
+            rows.chunks(2).filter(is_twin).count()
+        };
+        assert_eq!(count(0), 50);
+        assert!((15..40).contains(&count(1)));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, train, quantization_aware, checkpoint,
 //! metrics, bootstrap, export, quantize, verify, report.
 
+pub mod allocator;
 pub mod architecture;
 pub mod backbone;
 pub mod batches;

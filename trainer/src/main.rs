@@ -7,6 +7,7 @@ use trainer::{cli, exit};
 
 #[expect(clippy::print_stderr, reason = "the one place where an error is told")]
 fn main() -> ExitCode {
+    trainer::allocator::keep_freed_memory();
     let arguments = cli::Cli::parse();
     match cli::run(&arguments) {
         Ok(code) => code,

@@ -492,6 +492,8 @@ struct Exam {
     series: Option<Uid>,
     labels: Option<Labels>,
     is_stack: bool,
+    /// The part, where it does not follow from the split.
+    part: Option<Part>,
 }
 
 fn decode_unit(
@@ -503,7 +505,7 @@ fn decode_unit(
     let unit = &source.units[usize::try_from(unit_number)?];
     let mut hasher = blake3::Hasher::new();
     let mut left_out = Vec::new();
-    let (exam, mut slices) = match &source.origin {
+    let exams = match &source.origin {
         Origin::Phantom {
             seed: phantom_seed,
             n_slices,
@@ -515,49 +517,38 @@ fn decode_unit(
             hasher
                 .update(&phantom_seed.to_le_bytes())
                 .update(&number.to_le_bytes());
-            phantom_study(&plan, spec, is_thin.then_some(seed))?
+            phantom_studies(&plan, spec, is_thin.then_some(seed))?
         }
         Origin::Rsna(folder) => {
             let folder = folder.join(&*unit.study).join(&*unit.series);
             let path_of = |slice: &Listed| folder.join(format!("{}.dcm", slice.name));
             let read = read_files(unit, path_of, &mut hasher);
             let slices = dicom_series(read, spec, &mut left_out)?;
-            (exam_of(unit), slices)
+            vec![(exam_of(unit), slices)]
         }
         Origin::Jpeg(folder) => {
             let folder = folder.join(&*unit.study).join(&*unit.series);
             let slices = jpeg_series(unit, &folder, &mut hasher, &mut left_out);
-            (exam_of(unit), slices)
+            vec![(exam_of(unit), slices)]
         }
         Origin::Folders(folder) => {
             let path_of = |slice: &Listed| folder.join(&*slice.name);
             let read = read_files(unit, path_of, &mut hasher);
             let slices = loose_files(read, spec, &mut left_out)?;
-            (exam_of(unit), slices)
+            vec![(exam_of(unit), slices)]
         }
     };
-    if exam.is_stack {
-        let z = |slice: &Decoded| slice.z_mm.unwrap_or(f64::NEG_INFINITY);
-        slices.sort_by(|a, b| z(a).total_cmp(&z(b)).then_with(|| a.sop.cmp(&b.sop)));
-    }
-    let mut rows = Vec::with_capacity(slices.len());
-    let mut tensors = Vec::with_capacity(slices.len() * TENSOR_BYTES);
-    for slice in slices {
-        let study_uid = exam.study.clone().or(slice.study);
-        let study_uid = study_uid.unwrap_or_else(|| slice.sop.clone());
-        let series_uid = exam.series.clone().or(slice.series);
-        rows.push(Row {
-            series_uid: series_uid.unwrap_or_else(|| slice.sop.clone()),
-            part: split::part(SplitBy::Study, seed, study_uid.as_str(), slice.sop.as_str()),
-            study_uid,
-            sop_uid: slice.sop,
-            pe_present: slice.pe_present,
-            exam_labels: exam.labels,
-            z_mm: slice.z_mm,
-            manufacturer: slice.manufacturer,
-            spacing_mm: slice.spacing_mm,
-        });
-        tensors.extend_from_slice(&slice.tensor);
+    let mut rows = Vec::new();
+    let mut tensors = Vec::new();
+    for (exam, mut slices) in exams {
+        if exam.is_stack {
+            let z = |slice: &Decoded| slice.z_mm.unwrap_or(f64::NEG_INFINITY);
+            slices.sort_by(|a, b| z(a).total_cmp(&z(b)).then_with(|| a.sop.cmp(&b.sop)));
+        }
+        for slice in slices {
+            tensors.extend_from_slice(&slice.tensor);
+            rows.push(row(&exam, slice, seed));
+        }
     }
     let done = Done {
         unit: unit_number,
@@ -568,6 +559,27 @@ fn decode_unit(
     Ok((done, tensors))
 }
 
+/// The row of a slice.
+fn row(exam: &Exam, slice: Decoded, seed: u64) -> Row {
+    let study_uid = exam.study.clone().or(slice.study);
+    let study_uid = study_uid.unwrap_or_else(|| slice.sop.clone());
+    let series_uid = exam.series.clone().or(slice.series);
+    let part = exam.part.unwrap_or_else(|| {
+        split::part(SplitBy::Study, seed, study_uid.as_str(), slice.sop.as_str())
+    });
+    Row {
+        series_uid: series_uid.unwrap_or_else(|| slice.sop.clone()),
+        part,
+        study_uid,
+        sop_uid: slice.sop,
+        pe_present: slice.pe_present,
+        exam_labels: exam.labels,
+        z_mm: slice.z_mm,
+        manufacturer: slice.manufacturer,
+        spacing_mm: slice.spacing_mm,
+    }
+}
+
 fn exam_of(unit: &Unit) -> Exam {
     let named = |text: &str| (!text.is_empty()).then(|| identifier(text));
     Exam {
@@ -575,32 +587,59 @@ fn exam_of(unit: &Unit) -> Exam {
         series: named(&unit.series),
         labels: unit.labels,
         is_stack: !unit.series.is_empty(),
+        part: None,
     }
 }
 
-/// Paints a study; a thin one, whose split has the seed `thin`, as [`Origin::Phantom`] says.
-fn phantom_study(
+/// A study's slices; of a thin source, whose split has the seed `thin`, those that [`Origin::Phantom`] says, and for a training study with emboli
+/// the same slices without them.
+fn phantom_studies(
     plan: &StudyPlan,
     spec: &PreprocessSpec,
     thin: Option<u64>,
+) -> Result<Vec<(Exam, Vec<Decoded>)>> {
+    let study = plan.uid(UidRole::Study);
+    let all = 0..plan.n_slices();
+    let Some(part) = thin.map(|seed| split::part(SplitBy::Study, seed, &study, "")) else {
+        return Ok(vec![painted(plan, all, None, spec)?]);
+    };
+    if part != Part::Train {
+        let end = if is_one_in(HELD_OUT_KEPT, &study) {
+            plan.n_slices()
+        } else {
+            0
+        };
+        return Ok(vec![painted(plan, 0..end, None, spec)?]);
+    }
+    let (with, without): (Vec<u32>, Vec<u32>) = all.partition(|&index| plan.pe_present(index));
+    let is_kept = |index: &u32| is_one_in(NEGATIVES_KEPT, &plan.uid(UidRole::Slice(*index)));
+    let kept = without
+        .into_iter()
+        .filter(is_kept)
+        .chain(with.iter().copied());
+    let mut exams = vec![painted(plan, kept, None, spec)?];
+    if !with.is_empty() {
+        exams.push(painted(&plan.without_emboli(), with, Some(part), spec)?);
+    }
+    Ok(exams)
+}
+
+/// Paints slices of a study.
+fn painted(
+    plan: &StudyPlan,
+    indices: impl IntoIterator<Item = u32>,
+    part: Option<Part>,
+    spec: &PreprocessSpec,
 ) -> Result<(Exam, Vec<Decoded>)> {
     let exam = Exam {
         study: Some(identifier(&plan.uid(UidRole::Study))),
         series: Some(identifier(&plan.uid(UidRole::Series))),
         labels: Some(plan.labels().columns().map(|(_, value)| value)),
         is_stack: true,
+        part,
     };
-    let study = plan.uid(UidRole::Study);
-    let part = thin.map(|seed| split::part(SplitBy::Study, seed, &study, ""));
-    let is_kept = |index: &u32| match part {
-        None => true,
-        Some(Part::Train) => {
-            plan.pe_present(*index) || is_one_in(NEGATIVES_KEPT, &plan.uid(UidRole::Slice(*index)))
-        }
-        Some(Part::Val | Part::Test) => is_one_in(HELD_OUT_KEPT, &study),
-    };
-    let kept: Vec<u32> = (0..plan.n_slices()).filter(is_kept).collect();
-    let painted: Vec<_> = kept
+    let indices: Vec<u32> = indices.into_iter().collect();
+    let painted: Vec<_> = indices
         .into_par_iter()
         .map(|index| {
             let slice = plan.slice(index);

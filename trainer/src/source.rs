@@ -43,10 +43,10 @@ pub enum Origin {
     },
 }
 
-/// Of the negative slices of a thin phantom's training studies one in this many is painted: about as many as there are positive ones.
-pub const NEGATIVES_KEPT: u64 = 12;
+/// Of the negative slices of a thin phantom's training studies one in this many is painted, beside each positive slice's twin without the embolus.
+pub const NEGATIVES_KEPT: u64 = 24;
 /// Of a thin phantom's studies for validation and test one in this many is painted, whole.
-pub const HELD_OUT_KEPT: u64 = 2;
+pub const HELD_OUT_KEPT: u64 = 5;
 
 /// One slice that the source lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,7 +185,7 @@ impl Source {
                 "phantom: {} synthetic studies of {n_slices} slices, {matrix} x {matrix}, seed {seed}{}",
                 self.units.len(),
                 if is_thin {
-                    format!("; thinned: of the training part all positive slices and one negative in {NEGATIVES_KEPT}, of the other parts one study in {HELD_OUT_KEPT}, whole")
+                    format!("; thinned: of the training part all positive slices, the same slices without the embolus, and one negative in {NEGATIVES_KEPT}, of the other parts one study in {HELD_OUT_KEPT}, whole")
                 } else {
                     String::new()
                 }

@@ -64,12 +64,12 @@ impl Anatomy {
         let artery = if poor_contrast {
             random.range(150.0, 215.0)
         } else {
-            random.range(260.0, 450.0)
+            random.range(300.0, 450.0)
         };
         // Early timing leaves the left heart empty, late timing fills everything alike.
         let timing = random.unit();
-        let systemic = if timing < 0.3 {
-            random.range(0.25, 0.55)
+        let systemic = if timing < 0.2 {
+            random.range(0.3, 0.55)
         } else {
             random.range(0.55, 1.05)
         };
@@ -95,7 +95,7 @@ impl Anatomy {
                 size * random.range(0.92, 1.08),
                 size * random.range(0.95, 1.05),
             ],
-            offset_mm: [random.range(-5.0, 5.0), random.range(-6.0, 6.0)],
+            offset_mm: [random.range(-4.0, 4.0), random.range(-5.0, 5.0)],
             sway: [
                 random.range(-0.06, 0.06),
                 random.range(0.0, 2.5),
@@ -125,6 +125,11 @@ impl Anatomy {
     /// A landmark, moved at random by up to `spread` mm along each axis.
     pub(super) fn near(&self, point: Point, spread: f64, random: &mut Random) -> Point {
         point.map(|value| value + random.range(-spread, spread))
+    }
+
+    /// Width of the rib cage with its muscles at the fork of the pulmonary trunk, in the patient's mm.
+    pub(super) fn width_mm(&self) -> f64 {
+        2.0 * self.scale[0] * self.trunk_at(0.0).a
     }
 
     /// The chest cavity at height `z`; its `a` is 0 above the apex.

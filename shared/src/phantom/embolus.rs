@@ -62,7 +62,7 @@ pub(super) fn emboli(arteries: &Tree, planes: &[f64], random: &mut Random) -> Ve
         _ => (false, false),
     };
     let mut wishes = Vec::new();
-    if random.chance(0.9) {
+    if random.chance(0.65) {
         wishes.push((
             true,
             if random.chance(0.5) {
@@ -72,7 +72,7 @@ pub(super) fn emboli(arteries: &Tree, planes: &[f64], random: &mut Random) -> Ve
             },
         ));
     }
-    for (side, probability) in [(Side::Left, 0.35), (Side::Right, 0.45)] {
+    for (side, probability) in [(Side::Left, 0.5), (Side::Right, 0.6)] {
         if random.chance(probability) {
             wishes.push((false, side));
         }
@@ -167,10 +167,13 @@ fn follow(start: usize, wish: Wish, arteries: &Tree, random: &mut Random) -> Emb
         // Emboli begin in lobar arteries or above; see [`place`].
         _ => random.range(20.0, 40.0),
     };
+    // A chronic one lines the wall; an acute one fills the lumen, or leaves the rim of contrast that makes the picture of a mint with a hole.
     let fill = if wish.is_chronic {
         1.0
+    } else if random.chance(0.15) {
+        0.95
     } else {
-        random.range(0.78, 0.95)
+        random.range(0.5, 0.75)
     };
     let direction = {
         let angle = random.range(0.0, core::f64::consts::TAU);

@@ -130,6 +130,8 @@ pub struct StudyPlan {
     chest: Chest,
     scanner: Scanner,
     key: u64,
+    /// 1 for the study of [`StudyPlan::without_emboli`], otherwise 0.
+    visit: u8,
 }
 
 /// Smallest and largest matrix of a phantom.
@@ -165,13 +167,13 @@ impl StudyPlan {
         let key = scatter(seed ^ scatter(u64::from(study_index) + 0x51_7C_C1));
         let mut random = Random::new(key, 1);
         let mut labels = quality(finding, &mut random);
-        let scanner = Scanner::new(n_slices, labels.qa_motion, &mut random);
         let ratio = if random.chance(0.43) {
             random.range(1.06, 1.6)
         } else {
             random.range(0.62, 0.94)
         };
         let anatomy = Anatomy::new(ratio, labels.qa_contrast, &mut random);
+        let scanner = Scanner::new(n_slices, labels.qa_motion, anatomy.width_mm(), &mut random);
         let arteries = vessels::arteries(&anatomy, &mut random);
         let veins = vessels::veins(&anatomy, &mut random);
         let airways = vessels::airways(&anatomy, &mut random);
@@ -207,7 +209,23 @@ impl StudyPlan {
             chest,
             scanner,
             key,
+            visit: 0,
         }
+    }
+
+    /// The same patient in the same scanner on a day without an embolus: a negative study that differs from this one in nothing else.
+    #[must_use]
+    pub fn without_emboli(&self) -> Self {
+        let negative = Finding::Negative;
+        let mut plan = Self::with_finding(
+            self.seed,
+            self.study_index,
+            self.n_slices,
+            self.matrix,
+            negative,
+        );
+        plan.visit = 1;
+        plan
     }
 
     /// The labels of the exam.
@@ -257,6 +275,7 @@ impl StudyPlan {
             u64::from(self.study_index),
             u64::from(self.n_slices),
             u64::from(self.matrix),
+            u64::from(self.visit),
             kind,
             u64::from(index),
         ] {
@@ -444,11 +463,11 @@ mod tests {
             digest(4, 20, 512),
         ];
         let expected = [
-            "973c70c6c76408f2",
-            "5f0734f0b7ed951e",
-            "6453b5c95c2ba4ba",
-            "20ce00aa582de8ae",
-            "a522ee16a97fcd51",
+            "bae0ce58a3d89774",
+            "87a431d9cbba5795",
+            "3159d60fc6cb3c61",
+            "6f7259d055c25df4",
+            "5af8b7a013284f8a",
         ];
         assert_eq!(digests, expected);
     }

@@ -64,7 +64,8 @@ pub(super) struct Scanner {
 }
 
 impl Scanner {
-    pub(super) fn new(n_slices: u32, has_motion: bool, random: &mut Random) -> Self {
+    /// The field of view is set to the patient, as a radiographer does: `chest_mm` is the width of the rib cage.
+    pub(super) fn new(n_slices: u32, has_motion: bool, chest_mm: f64, random: &mut Random) -> Self {
         let low = random.range(-112.0, -78.0);
         let high = random.range(56.0, 92.0);
         let spacing = (high - low) / f64::from(n_slices.max(1));
@@ -80,10 +81,10 @@ impl Scanner {
             -3024
         };
         Self {
-            field_of_view_mm: random.range(330.0, 430.0),
+            field_of_view_mm: (chest_mm * random.range(1.02, 1.12)).clamp(250.0, 500.0),
             centre_mm: [random.range(-6.0, 6.0), random.range(-6.0, 10.0)],
             kernel: [Kernel::Soft, Kernel::Standard, Kernel::Sharp][random.below(3)],
-            noise_hu: random.range(8.0, 24.0),
+            noise_hu: random.range(8.0, 18.0),
             floor_hu: if random.chance(0.4) { -1000 } else { -1024 },
             padding_hu: pads.then_some(padding),
             declares_padding: random.chance(0.7),

@@ -96,9 +96,10 @@ impl WinogradLayer {
         self.blocks.iter().map(bytes).sum()
     }
 
-    /// Makes the scratch memory large enough for rows of `n_windows` of this layer.
+    /// Makes the scratch memory large enough for rows of this layer of up to `n_windows`.
     pub(crate) fn reserve(&self, n_windows: usize, scratch: &mut WinogradScratch) {
-        let n = FREQUENCIES * n_windows.div_ceil(n_windows.div_ceil(MAX_WINDOWS));
+        // A shorter row can have a larger part: 62 windows are done as 31 and 31, 35 at once.
+        let n = FREQUENCIES * n_windows.min(MAX_WINDOWS);
         let grow = |len: usize, n: usize| len.max(n);
         let activations = grow(scratch.activations.len(), n * self.n_inputs);
         let sums = grow(scratch.sums.len(), n * self.block_channels);
