@@ -239,9 +239,10 @@ impl Network {
     /// As [`Network::set_weights`].
     pub fn set_pretrained(&self, path: &Path) -> Result<(), NetworkError> {
         self.set_where(path, &read(path)?, |name, shape| {
+            let is_for_other_classes = name.starts_with("fc.") && shape.first() != Some(&1);
             let is_left_out =
                 name.starts_with("AuxLogits.") || name.ends_with("num_batches_tracked");
-            !is_left_out && !(name.starts_with("fc.") && shape.first() != Some(&1))
+            !(is_left_out || is_for_other_classes)
         })
     }
 
