@@ -26,7 +26,6 @@ mod page;
 mod report;
 #[allow(dead_code, reason = "the daemon that reads it comes next")]
 mod result;
-#[allow(dead_code, reason = "the daemon that sends comes next")]
 mod send;
 mod series;
 #[allow(dead_code, reason = "what decides, sends and shows comes next")]

@@ -72,7 +72,6 @@ impl PeerAddress {
             calling,
             called: &self.ae_title,
             sop_classes: &[sop_class_uid],
-            also_scp: &[],
         };
         Ok(Association::request(Box::new(stream), &proposal, deadline).await?)
     }

@@ -11,7 +11,7 @@ use dicom_core::VR;
 use dicom_dictionary_std::{tags, uids};
 use dicom_ul::pdu::{
     AbortRQSource, AssociationAC, AssociationRQ, PDataValue, PDataValueType, Pdu,
-    PresentationContextProposed, PresentationContextResultReason, RequestorRoles, UserVariableItem,
+    PresentationContextProposed, PresentationContextResultReason, UserVariableItem,
 };
 use dicom_ul::{read_pdu, write_pdu};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -47,8 +47,6 @@ pub(crate) struct Proposal<'a> {
     pub(crate) called: &'a str,
     /// SOP classes, at most 128.
     pub(crate) sop_classes: &'a [&'a str],
-    /// SOP classes for which we are the SCP too.
-    pub(crate) also_scp: &'a [&'a str],
 }
 
 /// Why there is no association any more.
@@ -203,30 +201,6 @@ impl Association {
         Ok(response)
     }
 
-    /// Waits for a message of the peer.
-    ///
-    /// # Errors
-    /// The association is over.
-    pub(crate) async fn receive(
-        &mut self,
-        deadline: Duration,
-    ) -> Result<Message, AssociationError> {
-        within(deadline, self.receive_message()).await
-    }
-
-    /// Sends a response without data set.
-    ///
-    /// # Errors
-    /// The association is over.
-    pub(crate) async fn respond(
-        &mut self,
-        context_id: u8,
-        command: DataSet,
-        deadline: Duration,
-    ) -> Result<(), AssociationError> {
-        within(deadline, self.send(context_id, command, None)).await
-    }
-
     /// Releases; a peer that does not answer is left.
     pub(crate) async fn release(mut self, deadline: Duration) {
         let exchange = async {
@@ -324,21 +298,11 @@ impl Association {
 fn request_pdu(proposal: &Proposal<'_>) -> Pdu {
     let ids = (1..=u8::MAX).step_by(2);
     let contexts = ids.zip(proposal.sop_classes);
-    let mut user_variables = vec![
+    let user_variables = vec![
         UserVariableItem::MaxLength(MAX_PDU_BYTES),
         UserVariableItem::ImplementationClassUID(IMPLEMENTATION_CLASS_UID.to_owned()),
         UserVariableItem::ImplementationVersionName(IMPLEMENTATION_VERSION_NAME.to_owned()),
     ];
-    let roles = RequestorRoles {
-        scu: true,
-        scp: true,
-    };
-    user_variables.extend(
-        proposal
-            .also_scp
-            .iter()
-            .map(|class| UserVariableItem::ScuScpRoleSelectionSubItem((*class).to_owned(), roles)),
-    );
     Pdu::AssociationRQ(AssociationRQ {
         protocol_version: 1,
         calling_ae_title: proposal.calling.to_owned(),

@@ -103,6 +103,7 @@ impl DataSet {
     }
 
     /// The value of an element as bytes, without padding; `None` where it is not there or a sequence.
+    #[cfg(test)]
     pub(crate) fn value(&self, tag: Tag) -> Option<&[u8]> {
         match &self.0.get(&tag)?.1 {
             Value::Bytes(bytes) => {
@@ -115,6 +116,7 @@ impl DataSet {
     }
 
     /// The value of an element as ASCII text.
+    #[cfg(test)]
     pub(crate) fn string(&self, tag: Tag) -> Option<&str> {
         self.value(tag)
             .and_then(|value| std::str::from_utf8(value).ok())
@@ -129,6 +131,7 @@ impl DataSet {
     }
 
     /// The items of a sequence; none where it is not there.
+    #[cfg(test)]
     pub(crate) fn sequence(&self, tag: Tag) -> &[Self] {
         match self.0.get(&tag) {
             Some((_, Value::Items(items))) => items,

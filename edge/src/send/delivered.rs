@@ -263,6 +263,21 @@ async fn a_dead_letter_is_sent_when_it_is_revived() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_that_a_later_one_has_overtaken_stays_dead() {
+    let (_folder, database) = folder();
+    let refusals = [Act::Answer(0xC000); 2];
+    let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &refusals).await;
+    let node = Node::start(&database, pacs.address(), impatient());
+    node.decide(&sample::provisional());
+    assert_eq!(node.settled().await.dead, 1);
+    node.decide(&sample::positive());
+    assert_eq!(node.settled().await.dead, 1);
+    assert_eq!(node.outbox.revive().unwrap(), 0);
+    assert_eq!(node.settled().await.dead, 1);
+    assert_eq!(pacs.requests().len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pacs_with_implicit_vr_alone_gets_the_same_document() {
     let (_folder, database) = folder();
     let pacs = ScriptedPacs::start(BOTH, Syntax::Implicit, &[]).await;

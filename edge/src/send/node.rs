@@ -1,7 +1,7 @@
 //! Sending within the node: what of the configuration it is given, when it is woken, what it tells the metrics.
 //!
-//! In: the configuration and the results database. Out: the running sender. A configuration that is read again is used from the next letter on;
-//! one whose files cannot be read changes nothing.
+//! In: the configuration and the results database. Out: the running sender. A configuration that is read again is used from the next letter on
+//! and has dead letters sent again; one whose files cannot be read changes nothing.
 
 use std::fs;
 use std::io::Read;
@@ -125,9 +125,23 @@ async fn reconfigure(node: Arc<NodeState>, delivery: Arc<Delivery>, device: Devi
     while config.changed().await.is_ok() {
         let config = Arc::clone(&config.borrow_and_update());
         match ways(&config, &device) {
-            Ok(ways) => delivery.configure(ways),
+            Ok(ways) => {
+                delivery.configure(ways);
+                revive(&node).await;
+            }
             Err(error) => tracing::error!(error = format!("{error:#}"), "receivers not changed"),
         }
+    }
+}
+
+/// What a receiver refused may be taken now that the operator has changed something.
+async fn revive(node: &NodeState) {
+    let outbox = Arc::clone(&node.outbox);
+    match tokio::task::spawn_blocking(move || outbox.revive()).await {
+        Ok(Ok(0)) => {}
+        Ok(Ok(revived)) => tracing::info!(revived, "dead letters are sent again"),
+        Ok(Err(error)) => tracing::error!(%error, "the outbox cannot be written"),
+        Err(error) => tracing::error!(%error, "reviving dead letters failed"),
     }
 }
 

@@ -429,13 +429,23 @@ impl Outbox {
         Ok(())
     }
 
-    /// Puts every dead letter back among those that wait.
+    /// Puts dead letters back among those that wait, but not those that a later one to the same receiver about the same study has
+    /// overtaken: what they say is no longer so.
     ///
     /// # Errors
     /// The medium fails.
-    pub(crate) fn revive(&self) -> Result<u64, OutboxError> {
-        let dead = self.dead_letters()?;
+    pub(crate) fn revive(&self) -> Result<usize, OutboxError> {
+        let mut dead = self.dead_letters()?;
         let transaction = self.database.begin_write()?;
+        for entry in transaction.open_table(ACCEPTED)?.iter()? {
+            let (accepted, bytes) = entry?;
+            let later: Letter = parse(bytes.value())?;
+            dead.retain(|(sequence, letter)| {
+                let is_same =
+                    later.channel == letter.channel && later.study_uid == letter.study_uid;
+                !is_same || *sequence > accepted.value()
+            });
+        }
         for (sequence, letter) in &dead {
             let letter = Letter {
                 ended_ms: None,
@@ -447,7 +457,7 @@ impl Outbox {
         }
         transaction.commit()?;
         self.bell.notify_waiters();
-        Ok(dead.len() as u64)
+        Ok(dead.len())
     }
 
     /// The dead letters, the oldest first, at most [`MAX_PASS`].

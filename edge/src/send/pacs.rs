@@ -97,7 +97,6 @@ impl Pacs {
             calling: &self.calling,
             called: &self.called,
             sop_classes: &classes,
-            also_scp: &[],
         };
         Association::request(stream, &proposal, deadline).await
     }
