@@ -434,13 +434,17 @@ mod tests {
         let network = Network::new(unfrozen, 0.001, 3, &Device::Cpu).unwrap();
         network.settle(images).unwrap();
         let mut random = Random::new(8, 0);
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a random share is rounded to f32"
+        )]
+        let mut share = || random.uniform() as f32;
         let mut values = Values::new();
         for parameter in network.parameters() {
             let mut of_one: Vec<f32> = parameter.variable.flatten_all().unwrap().to_vec1().unwrap();
             let is_norm = parameter.variable.rank() == 1;
             for value in of_one.iter_mut().filter(|_| is_norm) {
-                *value =
-                    *value * (0.75 + random.uniform() as f32 / 2.0) + 0.1 * random.uniform() as f32;
+                *value = *value * (0.75 + share() / 2.0) + 0.1 * share();
             }
             let shape = parameter.variable.shape();
             let tensor = Tensor::from_vec(of_one.clone(), shape, &Device::Cpu).unwrap();
@@ -456,7 +460,7 @@ mod tests {
     fn check(name: &str, side: usize) {
         let mut random = Random::new(4, 0);
         let bytes: Vec<u8> = (0..2 * 3 * side * side)
-            .map(|_| random.below(256) as u8)
+            .map(|_| u8::try_from(random.below(256)).unwrap())
             .collect();
         let images = Tensor::from_vec(bytes.clone(), (2, 3, side, side), &Device::Cpu).unwrap();
         let (network, mut values) = network(name, &images);
@@ -555,7 +559,7 @@ mod tests {
                 .to_vec1::<f32>()
                 .unwrap()
                 .iter()
-                .all(|&value| value == 0.25)
+                .all(|&value| value.to_bits() == 0.25f32.to_bits())
         );
         let refused = |parts: &[(String, Vec<usize>, Vec<f32>)], name: &str| {
             write(parts);
