@@ -6,7 +6,9 @@
 //! while a sync runs share the next. Larger objects are streamed to a file of their own. Durability holds on storage that honours flush.
 //! What is analysed, and when an object is finished, is `decide`'s business; what is purged, [`super::retention`]'s.
 
+mod entry;
 mod record;
+mod recover;
 mod segment;
 mod writer;
 
@@ -22,10 +24,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
+pub(crate) use entry::Entry;
 pub(crate) use record::Header;
 use record::{BLOCK_BYTES, Record, record_bytes};
-use segment::{Check, Name, Segment};
-use writer::{Body, Pending, Queue, Stream, Work};
+use segment::{Name, Segment};
+use writer::{Body, Queue, Stream, Work};
 
 /// Largest object that is gathered in memory.
 const MAX_BUFFERED_BYTES: usize = 4 << 20;
@@ -174,18 +177,6 @@ pub(crate) struct SpoolCounts {
     pub(crate) written_bytes: u64,
 }
 
-/// An object that is being written. Dropped without a commit it leaves nothing behind.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    shared: Arc<Shared>,
-    header: Header,
-    body: Option<Body>,
-    hasher: crc32fast::Hasher,
-    object_bytes: u64,
-    max_object_bytes: u64,
-    budget_bytes: usize,
-}
-
 impl Spool {
     /// Opens the folder, recovers what lies in it and cuts a torn tail.
     ///
@@ -201,7 +192,7 @@ impl Spool {
         let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         rustix::fs::flock(&folder_file, exclusive)
             .map_err(|_| SpoolError::InUse(folder.to_owned()))?;
-        let recovered = recover(folder)?;
+        let recovered = recover::recover(folder)?;
         let shared = Arc::new(Shared {
             folder: folder.to_owned(),
             folder_file,
@@ -366,121 +357,6 @@ impl Drop for Spool {
     }
 }
 
-impl Entry {
-    /// Appends bytes of the object.
-    ///
-    /// # Errors
-    /// The object is larger than allowed, or the medium failed.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), SpoolError> {
-        self.object_bytes = self.object_bytes.saturating_add(bytes.len() as u64);
-        if self.object_bytes > self.max_object_bytes {
-            return Err(SpoolError::TooLarge {
-                max_object_bytes: self.max_object_bytes,
-            });
-        }
-        self.hasher.update(bytes);
-        let body = self.body.take().ok_or(SpoolError::Closed)?;
-        let body = match body {
-            Body::Buffered(mut buffer) => {
-                if self.may_buffer(buffer.len() + bytes.len()) {
-                    buffer.extend_from_slice(bytes);
-                    Body::Buffered(buffer)
-                } else {
-                    let mut stream = blocking(|| self.shared.spill(&buffer))?;
-                    self.give_budget_back();
-                    self.shared.queue.keep_buffer(buffer);
-                    stream.append(bytes)?;
-                    Body::Streamed(stream)
-                }
-            }
-            Body::Streamed(mut stream) => {
-                // A large object must not take the last room while it comes.
-                self.shared.room()?;
-                stream.append(bytes)?;
-                Body::Streamed(stream)
-            }
-        };
-        self.body = Some(body);
-        Ok(())
-    }
-
-    /// Makes the object durable.
-    ///
-    /// # Errors
-    /// The medium failed or the spool is closing; the object counts as never received.
-    pub(crate) async fn commit(self) -> Result<u64, SpoolError> {
-        let shared = Arc::clone(&self.shared);
-        let (reply, done) = oneshot::channel();
-        let pending = self.settle(reply)?;
-        shared.queue.push(Work::Commit(pending)).await?;
-        done.await.map_err(|_| SpoolError::Closed)?
-    }
-
-    /// As [`Self::commit`], for threads that are no tasks.
-    ///
-    /// # Errors
-    /// As [`Self::commit`].
-    #[cfg(test)]
-    pub(crate) fn commit_blocking(self) -> Result<u64, SpoolError> {
-        let shared = Arc::clone(&self.shared);
-        let (reply, done) = oneshot::channel();
-        let pending = self.settle(reply)?;
-        shared.queue.push_blocking(Work::Commit(pending))?;
-        done.blocking_recv().map_err(|_| SpoolError::Closed)?
-    }
-
-    fn settle(
-        mut self,
-        reply: oneshot::Sender<Result<u64, SpoolError>>,
-    ) -> Result<Pending, SpoolError> {
-        let mut body = self.body.take().ok_or(SpoolError::Closed)?;
-        if let Body::Streamed(stream) = &mut body {
-            blocking(|| stream.sync())?;
-            self.shared.sync_calls.fetch_add(1, Ordering::Relaxed);
-        }
-        let record = Record {
-            header: std::mem::take(&mut self.header),
-            object_bytes: self.object_bytes,
-            object_crc: std::mem::take(&mut self.hasher).finalize(),
-        };
-        Ok(Pending {
-            record,
-            body,
-            budget_bytes: std::mem::take(&mut self.budget_bytes),
-            reply,
-        })
-    }
-
-    fn may_buffer(&mut self, bytes: usize) -> bool {
-        if bytes > MAX_BUFFERED_BYTES {
-            return false;
-        }
-        let missing = bytes.saturating_sub(self.budget_bytes);
-        let step = missing.next_multiple_of(BUFFER_STEP_BYTES);
-        if missing > 0 && !self.shared.take_budget(step) {
-            return false;
-        }
-        if missing > 0 {
-            self.budget_bytes += step;
-        }
-        true
-    }
-
-    fn give_budget_back(&mut self) {
-        self.shared
-            .give_budget(std::mem::take(&mut self.budget_bytes));
-    }
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        self.give_budget_back();
-        if let Some(Body::Buffered(buffer)) = self.body.take() {
-            self.shared.queue.keep_buffer(buffer);
-        }
-    }
-}
-
 impl Shared {
     fn room(&self) -> Result<(), SpoolError> {
         let limits = lock(&self.limits).clone();
@@ -546,69 +422,6 @@ impl Shared {
         self.sync_calls.fetch_add(1, Ordering::Relaxed);
         file.sync_data()
     }
-}
-
-struct Recovered {
-    index: BTreeMap<u64, Place>,
-    next_sequence: u64,
-    next_object: u64,
-    /// A segment without a record, whose number is the next sequence.
-    empty: Option<Arc<Segment>>,
-}
-
-fn recover(folder: &Path) -> Result<Recovered, SpoolError> {
-    let mut names: Vec<Name> = std::fs::read_dir(folder)?
-        .filter_map(|entry| Name::parse(entry.ok()?.file_name().to_str()?))
-        .collect();
-    names.sort_unstable();
-    let last_segment = names
-        .iter()
-        .copied()
-        .rfind(|name| matches!(name, Name::Segment(_)));
-    let mut recovered = Recovered {
-        index: BTreeMap::new(),
-        next_sequence: 1,
-        next_object: 1,
-        empty: None,
-    };
-    for name in names {
-        let segment = Arc::new(Segment::open(name.path(folder))?);
-        let is_last = Some(name) == last_segment;
-        let check = if is_last {
-            Check::Objects
-        } else {
-            Check::Blocks
-        };
-        let found = segment.recover(check)?;
-        match name {
-            Name::Segment(number) => {
-                recovered.next_sequence = recovered.next_sequence.max(number);
-            }
-            Name::Object(number) => recovered.next_object = recovered.next_object.max(number + 1),
-        }
-        if found.is_empty() {
-            match name {
-                Name::Segment(_) if is_last => recovered.empty = Some(segment),
-                Name::Segment(_) | Name::Object(_) => segment.remove(),
-            }
-            continue;
-        }
-        for one in found {
-            let sequence = one.record.header.sequence;
-            recovered.next_sequence = recovered.next_sequence.max(sequence + 1);
-            let place = Place::new(Arc::clone(&segment), one.offset, &one.record);
-            recovered.index.insert(sequence, place);
-        }
-    }
-    // Its name must be the next sequence; objects with files of their own may have gone beyond it.
-    if let Some(segment) = recovered.empty.take() {
-        if segment.path == Name::Segment(recovered.next_sequence).path(folder) {
-            recovered.empty = Some(segment);
-        } else {
-            segment.remove();
-        }
-    }
-    Ok(recovered)
 }
 
 impl Place {
