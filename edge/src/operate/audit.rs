@@ -95,9 +95,9 @@ pub(crate) enum Event<'a> {
         /// The study.
         study_uid: &'a Uid,
     },
-    /// A model was installed or taken back.
+    /// The node took a model back. What an operator installs is in force at the next `Started`.
     Model {
-        /// `installed`, `rolled_back` or `rolled_back_by_itself`.
+        /// `rolled_back_by_itself`.
         change: &'a str,
         /// BLAKE3 of the file now in force.
         digest: &'a str,
