@@ -19,7 +19,7 @@ use shared::spec::PreprocessSpec;
 
 use crate::launch::Launch;
 use crate::watchdog::Watchdog;
-use crate::wire::{self, CHUNK_BYTES, Kind, ObjectFacts, Reason, Refused, SliceFacts};
+use crate::wire::{self, Kind, ObjectFacts, Reason, Refused, SliceFacts};
 
 /// Number of the signal that cannot be caught (signal(7)).
 const SIGKILL: i32 = 9;
@@ -168,8 +168,29 @@ impl Supervisor {
                 }
             }
         }
+        if progress.object.is_none() {
+            self.identify(source, &mut progress, deliver)?;
+        }
         let text = format!("the worker {fault}; tried {MAX_ATTEMPTS} times");
         refuse_rest(&progress, &Reason::new("worker", text), deliver)
+    }
+
+    /// Asks a last time for nothing but whose object it is, so that what is missing is missing from a known study.
+    fn identify(
+        &mut self,
+        source: Source<'_>,
+        progress: &mut Progress,
+        deliver: &mut Deliver<'_>,
+    ) -> Result<(), Stop> {
+        let first_frame = std::mem::replace(&mut progress.next_frame, u32::MAX);
+        let done = self.attempt(source, progress, deliver);
+        progress.next_frame = first_frame;
+        self.worker = None;
+        match done {
+            Err(Failure::Stopped) => Err(Stop),
+            // A failure leaves the object unknown; without one it is known, and none of its frames was asked for.
+            Err(Failure::Source(_) | Failure::Worker(_)) | Ok(()) => Ok(()),
+        }
     }
 
     fn attempt(
@@ -186,10 +207,12 @@ impl Supervisor {
                 worker
             }
         };
-        worker.send_object(source, progress.next_frame)?;
+        worker.send(Kind::Begin, &source.bytes.to_le_bytes())?;
+        worker.send(Kind::Go, &progress.next_frame.to_le_bytes())?;
         loop {
             let (kind, payload) = worker.receive()?;
             match kind {
+                Kind::Want => worker.send_bytes(source, &payload)?,
                 Kind::Object => {
                     let object: ObjectFacts = parse(&payload)?;
                     if progress.object.is_none() {
@@ -317,25 +340,25 @@ impl Worker {
         }
     }
 
-    fn send_object(&mut self, source: Source<'_>, first_frame: u32) -> Result<(), Failure> {
-        self.send(Kind::Begin, &source.bytes.to_le_bytes())?;
-        let mut chunk = vec![0; CHUNK_BYTES];
-        let mut sent = 0;
-        while sent < source.bytes {
-            let left = usize::try_from(source.bytes - sent).unwrap_or(usize::MAX);
-            let chunk = &mut chunk[..left.min(CHUNK_BYTES)];
-            match source.file.read_at(chunk, source.offset + sent) {
+    /// Answers a request for bytes of the object, within its bounds.
+    fn send_bytes(&mut self, source: Source<'_>, request: &[u8]) -> Result<(), Failure> {
+        let (offset, n_bytes) = wire::wanted(request).ok_or_else(malformed)?;
+        let left = usize::try_from(source.bytes.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let mut chunk = vec![0; n_bytes.min(left)];
+        let mut filled = 0;
+        while filled < chunk.len() {
+            match source
+                .file
+                .read_at(&mut chunk[filled..], source.offset + offset + filled as u64)
+            {
                 // A file that has become shorter: the worker says what is missing.
                 Ok(0) => break,
-                Ok(n_bytes) => {
-                    self.send(Kind::Chunk, &chunk[..n_bytes])?;
-                    sent += n_bytes as u64;
-                }
+                Ok(n_read) => filled += n_read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(Failure::Source(error)),
             }
         }
-        self.send(Kind::Go, &first_frame.to_le_bytes())
+        self.send(Kind::Chunk, &chunk[..filled])
     }
 
     fn send(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Failure> {

@@ -1,8 +1,9 @@
 //! What passes between the program and its worker: frames of one byte of kind, a length and a payload, and the facts inside.
 //!
-//! To the worker, on its standard input: the preprocessing, then for each object its size, its bytes in chunks, and a request
+//! To the worker, on its standard input: the preprocessing, then for each object its size and a request
 //! that says at which frame to begin. Back, on its standard output: the object's facts or the reason why it is none, then for
-//! each frame either its facts and its tensor or a reason, then the end. Both sides distrust each other's lengths: a payload is
+//! each frame either its facts and its tensor or a reason, then the end. In between the worker asks for the bytes that it needs and gets them:
+//! never the whole of a large object. Both sides distrust each other's lengths: a payload is
 //! at most [`MAX_PAYLOAD_BYTES`]. JSON inside, except for chunks and tensors. No standard governs this; both sides are always
 //! the same build.
 
@@ -14,8 +15,6 @@ use crate::result::Element;
 
 /// Largest payload: a tensor.
 pub(crate) const MAX_PAYLOAD_BYTES: usize = TENSOR_BYTES;
-/// Bytes of a chunk of an object.
-pub(crate) const CHUNK_BYTES: usize = 64 << 10;
 /// Bytes of a frame's header.
 pub(crate) const HEADER_BYTES: usize = 5;
 
@@ -26,10 +25,12 @@ pub(crate) enum Kind {
     Spec,
     /// To the worker: an object begins; its size as u64, little endian.
     Begin,
-    /// To the worker: bytes of the object.
-    Chunk,
-    /// To the worker: the object is complete; the first frame wanted as u32, little endian.
+    /// To the worker: the first frame wanted as u32, little endian.
     Go,
+    /// From the worker: bytes of the object that it needs, offset as u64 and number as u32, little endian; at most [`MAX_PAYLOAD_BYTES`].
+    Want,
+    /// To the worker: these bytes; fewer where the object has become shorter.
+    Chunk,
     /// From the worker: [`ObjectFacts`].
     Object,
     /// From the worker: [`Refused`] for the whole object; nothing but `Done` follows.
@@ -45,9 +46,10 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, u8); 10] = [
+    const ALL: [(Self, u8); 11] = [
         (Self::Spec, b'p'),
         (Self::Begin, b'b'),
+        (Self::Want, b'w'),
         (Self::Chunk, b'c'),
         (Self::Go, b'g'),
         (Self::Object, b'o'),
@@ -156,6 +158,23 @@ impl From<BadHeader> for std::io::Error {
     }
 }
 
+/// The payload of [`Kind::Want`].
+pub(crate) fn want(offset: u64, n_bytes: u32) -> [u8; 12] {
+    let mut payload = [0; 12];
+    let (first, second) = payload.split_at_mut(8);
+    first.copy_from_slice(&offset.to_le_bytes());
+    second.copy_from_slice(&n_bytes.to_le_bytes());
+    payload
+}
+
+/// Offset and number of bytes in the payload of [`Kind::Want`]; `None` where it is none.
+pub(crate) fn wanted(payload: &[u8]) -> Option<(u64, usize)> {
+    let (offset, rest) = payload.split_first_chunk()?;
+    let n_bytes = u32::from_le_bytes(rest.try_into().ok()?);
+    let n_bytes = usize::try_from(n_bytes).ok()?;
+    (n_bytes <= MAX_PAYLOAD_BYTES).then_some((u64::from_le_bytes(*offset), n_bytes))
+}
+
 /// The header of a frame.
 pub(crate) fn header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
     let length = u32::try_from(payload_bytes)
@@ -186,6 +205,13 @@ mod tests {
         for (kind, _) in Kind::ALL {
             assert_eq!(parse_header(header(kind, 4711)), Ok((kind, 4711)));
         }
+    }
+
+    #[test]
+    fn what_is_wanted_is_bounded() {
+        assert_eq!(wanted(&want(1 << 40, 77)), Some((1 << 40, 77)));
+        assert_eq!(wanted(&want(0, u32::MAX)), None);
+        assert_eq!(wanted(&[0; 11]), None);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 use super::ReadError;
 use super::prescan::Element;
+use super::source::Data;
 use super::transfer_syntax::Encoding;
 use dicom_core::{Tag, VR};
 use dicom_object::InMemDicomObject;
@@ -103,14 +104,14 @@ pub(super) struct Attributes {
 }
 
 impl Attributes {
-    /// Reads the values of `elements`, which lie in `bytes`; a later element replaces an earlier one of the same tag.
+    /// Reads the values of `elements`, which lie in `data`; a later element replaces an earlier one of the same tag.
     ///
     /// # Errors
     ///
     /// [`ReadError::ValueLength`] where a binary number has another length than 2 bytes; [`ReadError::DataSet`] where dicom-rs
     /// refuses the small data set.
     pub(super) fn read<'e>(
-        bytes: &[u8],
+        data: &Data<'_>,
         encoding: Encoding,
         elements: impl Iterator<Item = &'e Element>,
     ) -> Result<Self, ReadError> {
@@ -119,8 +120,8 @@ impl Attributes {
             let Some(vr) = vr_of(element.tag) else {
                 continue;
             };
-            let value = bytes.get(element.value.clone()).unwrap_or_default();
-            write(&mut data_set, element.tag, vr, value, encoding)?;
+            let value = data.get(element.value.clone()).unwrap_or_default();
+            write(&mut data_set, element.tag, vr, &value, encoding)?;
         }
         let syntax = entries::EXPLICIT_VR_LITTLE_ENDIAN.erased();
         let object = InMemDicomObject::read_dataset_with_ts(&data_set[..], &syntax)

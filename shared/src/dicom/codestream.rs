@@ -37,6 +37,9 @@ const MAX_JPEG2000_SEGMENTS: usize = 16_384;
 /// How far into a frame a JPEG 2000 codestream may begin (some writers leave the file format's boxes around it).
 const MAX_BOX_BYTES: usize = 1_024;
 
+/// Bytes that [`begins`] looks at.
+pub(super) const BEGIN_BYTES: usize = 4;
+
 /// Whether the bytes begin a JPEG, JPEG-LS or JPEG 2000 codestream: tells where a frame begins among fragments.
 pub(super) fn begins(bytes: &[u8]) -> bool {
     bytes.starts_with(&[0xFF, 0xD8, 0xFF]) || bytes.starts_with(&[0xFF, 0x4F, 0xFF, SIZ])

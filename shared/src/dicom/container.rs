@@ -7,6 +7,7 @@
 
 use super::ReadError;
 use super::prescan::{Cursor, is_known_vr};
+use super::source::{Data, Window};
 use super::transfer_syntax::{self, Encoding, TransferSyntax};
 use dicom_core::Tag;
 
@@ -44,38 +45,42 @@ impl Container {
     }
 }
 
-/// Finds the data set in `bytes`.
+/// Finds the data set.
 ///
 /// # Errors
 ///
 /// [`ReadError::NotDicom`] where neither a prefix nor an identifying group is found; [`ReadError::FileMeta`] and others where the
 /// file meta information breaks off or exceeds its bounds.
-pub(super) fn locate(bytes: &[u8]) -> Result<Container, ReadError> {
+pub(super) fn locate(data: &Data<'_>) -> Result<Container, ReadError> {
     let after_preamble = PREAMBLE_BYTES + PREFIX.len();
-    if bytes.get(PREAMBLE_BYTES..after_preamble) == Some(PREFIX) {
-        return with_file_meta(bytes, after_preamble);
+    let has = |start: usize, wanted: &[u8]| {
+        let found = data.get(start..start + wanted.len());
+        found.as_deref() == Some(wanted)
+    };
+    if has(PREAMBLE_BYTES, PREFIX) {
+        return with_file_meta(data, after_preamble);
     }
-    if bytes.starts_with(PREFIX) {
-        return with_file_meta(bytes, PREFIX.len());
+    if has(0, PREFIX) {
+        return with_file_meta(data, PREFIX.len());
     }
-    if bytes.starts_with(&FILE_META_GROUP.to_le_bytes()) {
-        return with_file_meta(bytes, 0);
+    if has(0, &FILE_META_GROUP.to_le_bytes()) {
+        return with_file_meta(data, 0);
     }
-    bare(bytes, 0)
+    bare(data, 0)
 }
 
 /// Reads the file meta information that begins at `start`.
-fn with_file_meta(bytes: &[u8], start: usize) -> Result<Container, ReadError> {
-    let mut cursor = Cursor::new(bytes, start, Encoding::ExplicitLittle);
+fn with_file_meta(data: &Data<'_>, start: usize) -> Result<Container, ReadError> {
+    let mut cursor = Cursor::new(data, start, Encoding::ExplicitLittle);
     let mut transfer_syntax_uid = None;
     for _ in 0..=MAX_META_ELEMENTS {
         if cursor.peek_group() != Some(FILE_META_GROUP) {
-            return finish(bytes, cursor.position(), transfer_syntax_uid);
+            return finish(data, cursor.position(), transfer_syntax_uid);
         }
         let header = cursor.header()?;
         let value = cursor.value(&header)?;
         if header.tag == TRANSFER_SYNTAX_UID {
-            transfer_syntax_uid = Some(uid_text(value)?);
+            transfer_syntax_uid = Some(uid_text(&value)?);
         }
     }
     Err(ReadError::FileMeta {
@@ -84,21 +89,21 @@ fn with_file_meta(bytes: &[u8], start: usize) -> Result<Container, ReadError> {
 }
 
 /// The container from a complete file meta information; guesses where it names no transfer syntax.
-fn finish(bytes: &[u8], start: usize, uid: Option<String>) -> Result<Container, ReadError> {
+fn finish(data: &Data<'_>, start: usize, uid: Option<String>) -> Result<Container, ReadError> {
     match uid {
         Some(uid) if !uid.is_empty() => Ok(Container {
             transfer_syntax: transfer_syntax::find(&uid),
             transfer_syntax_uid: uid,
             data_set_start: start,
         }),
-        _ => bare(bytes, start),
+        _ => bare(data, start),
     }
 }
 
 /// Detects the encoding of a data set that nothing announces, from its first element.
-fn bare(bytes: &[u8], start: usize) -> Result<Container, ReadError> {
-    let Some(&[g0, g1, e0, e1, v0, v1, l0, l1]) = bytes.get(start..).and_then(<[u8]>::first_chunk)
-    else {
+fn bare(data: &Data<'_>, start: usize) -> Result<Container, ReadError> {
+    let first = Window::default().array(data, start);
+    let Some([g0, g1, e0, e1, v0, v1, l0, l1]) = first else {
         return Err(ReadError::NotDicom);
     };
     let is_explicit = is_known_vr([v0, v1]);
@@ -106,7 +111,7 @@ fn bare(bytes: &[u8], start: usize) -> Result<Container, ReadError> {
         let length = u32::from_le_bytes([v0, v1, l0, l1]) as usize;
         if is_explicit {
             transfer_syntax::EXPLICIT_LITTLE
-        } else if length <= bytes.len() - start && u16::from_le_bytes([e0, e1]) < 0x3000 {
+        } else if length <= data.len() - start && u16::from_le_bytes([e0, e1]) < 0x3000 {
             transfer_syntax::IMPLICIT_LITTLE
         } else {
             return Err(ReadError::NotDicom);

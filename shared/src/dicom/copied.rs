@@ -5,6 +5,7 @@
 //! keeps are left out, not cut: half a name is worse than none.
 
 use super::prescan::Element;
+use super::source::Data;
 use dicom_core::Tag;
 
 /// An element of the Patient, General Study, Patient Study, General Series or General Equipment module.
@@ -68,9 +69,9 @@ pub(super) fn is_copied(tag: Tag) -> bool {
 }
 
 /// The elements' values.
-pub(super) fn copy(bytes: &[u8], elements: &[Element]) -> Vec<CopiedElement> {
+pub(super) fn copy(data: &Data<'_>, elements: &[Element]) -> Vec<CopiedElement> {
     let copied = elements.iter().filter_map(|element| {
-        let value = bytes.get(element.value.clone())?;
+        let value = data.get(element.value.clone())?;
         let is_padding = |byte: &u8| matches!(byte, b' ' | 0);
         let n_padding = value
             .iter()

@@ -1,6 +1,6 @@
 //! DICOM: from the bytes of a file or a received data set to slices in stored values, or to a reason.
 //!
-//! In: bytes; no file is opened here. Out: a [`Slice`] for each frame that the gate accepts, or a typed [`ReadError`] or
+//! In: bytes, or a [`Source`] of them; no file is opened here. Out: a [`Slice`] for each frame that the gate accepts, or a typed [`ReadError`] or
 //! [`Refusal`] that says tag, found and allowed and has a stable [`code`](Refusal::code). The stages, in the order in which the
 //! data meets them:
 //!
@@ -27,6 +27,7 @@ mod jpeg_dct;
 pub mod pixels;
 pub mod prescan;
 mod rle;
+mod source;
 mod transfer_syntax;
 
 use crate::hounsfield::Rescale;
@@ -37,6 +38,8 @@ use container::Container;
 pub use copied::CopiedElement;
 use pixels::FrameFragments;
 use prescan::Scan;
+use source::Data;
+pub use source::Source;
 use std::borrow::Cow;
 use thiserror::Error;
 use transfer_syntax::Loss;
@@ -295,10 +298,10 @@ pub struct Identity {
     pub modality: Option<String>,
 }
 
-/// A parsed object. Borrows the bytes it was read from; only a deflated data set is held in memory.
+/// A parsed object. Borrows the bytes, or the source, that it was read from; only a deflated data set is held in memory.
 #[derive(Debug)]
 pub struct Object<'a> {
-    data: Cow<'a, [u8]>,
+    data: Data<'a>,
     container: Container,
     scan: Scan,
     /// The data set's own attributes, without any frame's.
@@ -378,20 +381,41 @@ pub const MAX_INFLATED_BYTES: usize = inflate::MAX_BYTES;
 ///
 /// Any [`ReadError`].
 pub fn read(bytes: &[u8]) -> Result<Object<'_>, ReadError> {
-    if bytes.len() > prescan::MAX_OBJECT_BYTES {
+    read_data(Data::Bytes(Cow::Borrowed(bytes)))
+}
+
+/// As [`read`], asking `source` for what is needed: headers, then a frame when it is asked for.
+///
+/// # Errors
+///
+/// Any [`ReadError`]; [`ReadError::Truncated`] where `source` does not give what it should have.
+pub fn read_from(source: &dyn Source) -> Result<Object<'_>, ReadError> {
+    read_data(Data::Source(source))
+}
+
+fn read_data(data: Data<'_>) -> Result<Object<'_>, ReadError> {
+    if data.len() > prescan::MAX_OBJECT_BYTES {
         return Err(ReadError::ObjectSize {
-            found: bytes.len(),
+            found: data.len(),
             allowed: prescan::MAX_OBJECT_BYTES,
         });
     }
-    let container = container::locate(bytes)?;
+    let container = container::locate(&data)?;
     let encoding = container.encoding();
+    let start = container.data_set_start;
     let (data, start) = match container.transfer_syntax {
         Some(syntax) if syntax.is_deflated => {
-            let deflated = bytes.get(container.data_set_start..).unwrap_or_default();
-            (Cow::Owned(inflate::inflate(deflated, syntax)?), 0)
+            // Deflate makes nothing larger, but for a few bytes.
+            if data.len() > MAX_INFLATED_BYTES {
+                return Err(ReadError::InflatedSize {
+                    allowed: MAX_INFLATED_BYTES,
+                });
+            }
+            let deflated = data.get(start..data.len()).unwrap_or_default();
+            let inflated = inflate::inflate(&deflated, syntax)?;
+            (Data::Bytes(Cow::Owned(inflated)), 0)
         }
-        _ => (Cow::Borrowed(bytes), container.data_set_start),
+        _ => (data, start),
     };
     let scan = prescan::scan(&data, start, encoding)?;
     let attributes = Attributes::read(&data, encoding, scan.elements.iter())?;
@@ -411,14 +435,14 @@ pub fn read(bytes: &[u8]) -> Result<Object<'_>, ReadError> {
 
 /// What an object that cannot be read says of itself before it breaks: so that what is missing is missing from a known study.
 #[must_use]
-pub fn identify(bytes: &[u8]) -> Option<(Identity, Vec<CopiedElement>)> {
-    let bytes = bytes.get(..prescan::MAX_OBJECT_BYTES).unwrap_or(bytes);
-    let container = container::locate(bytes).ok()?;
+pub fn identify(source: &dyn Source) -> Option<(Identity, Vec<CopiedElement>)> {
+    let data = Data::Source(source);
+    let container = container::locate(&data).ok()?;
     let encoding = container.encoding();
-    let (scan, _) = prescan::scan_as_far_as_possible(bytes, container.data_set_start, encoding);
-    let attributes = Attributes::read(bytes, encoding, scan.elements.iter()).ok()?;
+    let (scan, _) = prescan::scan_as_far_as_possible(&data, container.data_set_start, encoding);
+    let attributes = Attributes::read(&data, encoding, scan.elements.iter()).ok()?;
     let identity = identity(&attributes, &container);
-    Some((identity, copied::copy(bytes, &scan.copied)))
+    Some((identity, copied::copy(&data, &scan.copied)))
 }
 
 fn identity(attributes: &Attributes, container: &Container) -> Identity {
@@ -509,7 +533,7 @@ impl Object<'_> {
         };
         let pixels = pixels::decode(
             &pixels::Frame {
-                bytes: &self.data,
+                data: &self.data,
                 pixel_data,
                 frame_index,
                 frames: &self.frames,

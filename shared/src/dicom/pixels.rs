@@ -13,6 +13,7 @@ use super::codestream;
 use super::jpeg_dct;
 use super::prescan::PixelData;
 use super::rle;
+use super::source::Data;
 use super::transfer_syntax::{Encoding, PixelCoding, TransferSyntax};
 use crate::stored::PixelFormat;
 use dicom_core::value::C;
@@ -32,7 +33,7 @@ pub const MAX_COMPRESSED_PIXELS: usize = 2_048 * 2_048;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Frame<'a> {
     /// The data set's bytes.
-    pub(super) bytes: &'a [u8],
+    pub(super) data: &'a Data<'a>,
     /// Where its pixel data lies.
     pub(super) pixel_data: &'a PixelData,
     /// Which frame, from 0.
@@ -86,7 +87,7 @@ pub(super) fn decode(frame: &Frame<'_>, syntax: &TransferSyntax) -> Result<Vec<u
         }
         (PixelData::Encapsulated { fragments, .. }, coding) if coding != PixelCoding::Native => {
             let fragments = frame.frames.of(frame.frame_index, fragments)?;
-            encapsulated(frame, &joined(frame.bytes, fragments), coding, syntax)
+            encapsulated(frame, &joined(frame.data, fragments), coding, syntax)
         }
         (PixelData::Native { .. }, _) => Err(Refusal::Encapsulation {
             found: "native pixel data",
@@ -106,14 +107,17 @@ fn native(
     is_word: bool,
     encoding: Encoding,
 ) -> Result<Vec<u8>, Refusal> {
-    let available = frame.bytes.get(value).unwrap_or_default();
     let start = frame.n_bytes().saturating_mul(frame.frame_index);
     let end = start.saturating_add(frame.n_bytes());
-    let values = available.get(start..end).ok_or(Refusal::PixelBytes {
-        found: available.len(),
+    let too_short = Refusal::PixelBytes {
+        found: value.len(),
         needed: end,
-    })?;
-    let mut values = values.to_vec();
+    };
+    if end > value.len() {
+        return Err(too_short);
+    }
+    let values = frame.data.get(value.start + start..value.start + end);
+    let mut values = values.ok_or(too_short)?.into_owned();
     if encoding == Encoding::ExplicitBig {
         // OW holds 8-bit samples two to a word (PS3.5 section 8.1.1).
         let width = match frame.sample_bytes() {
@@ -251,7 +255,7 @@ pub(super) struct FrameFragments {
 impl FrameFragments {
     /// Finds the frames: one frame has all fragments; as many fragments as frames are one each; otherwise the Basic Offset Table
     /// tells, or what the codestreams begin with.
-    pub(super) fn find(bytes: &[u8], pixel_data: Option<&PixelData>, n_frames: usize) -> Self {
+    pub(super) fn find(data: &Data<'_>, pixel_data: Option<&PixelData>, n_frames: usize) -> Self {
         let Some(PixelData::Encapsulated {
             offset_table,
             fragments,
@@ -266,9 +270,9 @@ impl FrameFragments {
         } else if fragments.len() == n_frames {
             Some((0..n_frames).collect())
         } else {
-            let table = bytes.get(offset_table.clone()).unwrap_or_default();
-            starts_by_offsets(table, fragments, n_frames)
-                .or_else(|| starts_by_codestream(bytes, fragments))
+            let table = data.get(offset_table.clone()).unwrap_or_default();
+            starts_by_offsets(&table, fragments, n_frames)
+                .or_else(|| starts_by_codestream(data, fragments))
                 .filter(|starts| starts.len() == n_frames)
         };
         Self {
@@ -322,21 +326,24 @@ fn starts_by_offsets(
 }
 
 /// Each frame's first fragment, by what codestreams begin with.
-fn starts_by_codestream(bytes: &[u8], fragments: &[Range<usize>]) -> Option<Vec<usize>> {
+fn starts_by_codestream(data: &Data<'_>, fragments: &[Range<usize>]) -> Option<Vec<usize>> {
     let begins = |index: &usize| {
-        bytes
-            .get(fragments[*index].clone())
-            .is_some_and(codestream::begins)
+        let fragment = &fragments[*index];
+        let end = fragment
+            .end
+            .min(fragment.start.saturating_add(codestream::BEGIN_BYTES));
+        data.get(fragment.start..end)
+            .is_some_and(|bytes| codestream::begins(&bytes))
     };
     let starts: Vec<usize> = (0..fragments.len()).filter(begins).collect();
     (starts.first() == Some(&0)).then_some(starts)
 }
 
 /// The fragments' bytes in a row.
-fn joined<'a>(bytes: &'a [u8], fragments: &[Range<usize>]) -> Cow<'a, [u8]> {
-    let bytes_of = |fragment: &Range<usize>| bytes.get(fragment.clone()).unwrap_or_default();
+fn joined<'a>(data: &'a Data<'_>, fragments: &[Range<usize>]) -> Cow<'a, [u8]> {
+    let bytes_of = |fragment: &Range<usize>| data.get(fragment.clone()).unwrap_or_default();
     match fragments {
-        [fragment] => Cow::Borrowed(bytes_of(fragment)),
+        [fragment] => bytes_of(fragment),
         fragments => Cow::Owned(fragments.iter().map(bytes_of).collect::<Vec<_>>().concat()),
     }
 }

@@ -8,8 +8,10 @@
 //! left to `attributes`.
 
 use super::ReadError;
+use super::source::{Data, Window};
 use super::transfer_syntax::Encoding;
 use dicom_core::Tag;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Deepest nesting of sequences that is followed; Enhanced CT needs 4.
@@ -126,16 +128,18 @@ fn is_short_vr(vr: [u8; 2]) -> bool {
 /// A position in the bytes that only moves forward and never past the end.
 #[derive(Debug, Clone)]
 pub(super) struct Cursor<'a> {
-    bytes: &'a [u8],
+    data: &'a Data<'a>,
+    window: Window,
     position: usize,
     encoding: Encoding,
 }
 
 impl<'a> Cursor<'a> {
     /// A cursor at `position`.
-    pub(super) fn new(bytes: &'a [u8], position: usize, encoding: Encoding) -> Self {
+    pub(super) fn new(data: &'a Data<'a>, position: usize, encoding: Encoding) -> Self {
         Self {
-            bytes,
+            data,
+            window: Window::default(),
             position,
             encoding,
         }
@@ -147,9 +151,9 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next element's group, without moving.
-    pub(super) fn peek_group(&self) -> Option<u16> {
-        let group = self.bytes.get(self.position..)?.first_chunk::<2>()?;
-        Some(self.encoding.u16(*group))
+    pub(super) fn peek_group(&mut self) -> Option<u16> {
+        let group = self.window.array::<2>(self.data, self.position)?;
+        Some(self.encoding.u16(group))
     }
 
     /// Reads an element's or item's header.
@@ -195,9 +199,10 @@ impl<'a> Cursor<'a> {
     /// # Errors
     ///
     /// [`ReadError::Length`] where the value claims more than the bytes left.
-    pub(super) fn value(&mut self, header: &Header) -> Result<&'a [u8], ReadError> {
-        let range = self.value_range(header, self.bytes.len())?;
-        Ok(&self.bytes[range])
+    pub(super) fn value(&mut self, header: &Header) -> Result<Cow<'a, [u8]>, ReadError> {
+        let range = self.value_range(header, self.data.len())?;
+        let offset = range.start;
+        self.data.get(range).ok_or(ReadError::Truncated { offset })
     }
 
     /// The range of the value that follows `header` and must end at or before `limit`; moves behind it.
@@ -217,15 +222,13 @@ impl<'a> Cursor<'a> {
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
+        let offset = self.position;
         let chunk = self
-            .bytes
-            .get(self.position..)
-            .and_then(<[u8]>::first_chunk)
-            .ok_or(ReadError::Truncated {
-                offset: self.position,
-            })?;
+            .window
+            .array(self.data, offset)
+            .ok_or(ReadError::Truncated { offset })?;
         self.position += N;
-        Ok(*chunk)
+        Ok(chunk)
     }
 }
 
@@ -260,30 +263,30 @@ struct Level {
     encoding: Encoding,
 }
 
-/// Scans the data set in `bytes[start..]`.
+/// Scans the data set that begins at `start`.
 ///
 /// # Errors
 ///
 /// Any [`ReadError`] but those of the container: each names the tag and the bound that was broken.
-pub(super) fn scan(bytes: &[u8], start: usize, encoding: Encoding) -> Result<Scan, ReadError> {
-    let (scan, done) = scan_as_far_as_possible(bytes, start, encoding);
+pub(super) fn scan(data: &Data<'_>, start: usize, encoding: Encoding) -> Result<Scan, ReadError> {
+    let (scan, done) = scan_as_far_as_possible(data, start, encoding);
     done.map(|()| scan)
 }
 
 /// As [`scan`], with what was found before an error.
 pub(super) fn scan_as_far_as_possible(
-    bytes: &[u8],
+    data: &Data<'_>,
     start: usize,
     encoding: Encoding,
 ) -> (Scan, Result<(), ReadError>) {
     let mut scanner = Scanner {
-        cursor: Cursor::new(bytes, start, encoding),
+        cursor: Cursor::new(data, start, encoding),
         levels: Vec::new(),
         n_elements: 0,
         scan: Scan::default(),
     };
     scanner.levels.push(Level {
-        limit: bytes.len(),
+        limit: data.len(),
         is_undefined: false,
         is_sequence: false,
         role: Role::Root,
