@@ -150,21 +150,21 @@ impl Why {
 }
 
 impl Series {
-    /// Distance between the first and the last position, in mm; 0 where fewer than two are known.
+    /// Distance between the first and the last analysed slice, in mm; 0 where fewer than two are known.
     pub(crate) fn coverage_mm(&self) -> f64 {
-        let low = self.positions().fold(f64::INFINITY, f64::min);
-        let high = self.positions().fold(f64::NEG_INFINITY, f64::max);
+        let low = self.analysed_positions().fold(f64::INFINITY, f64::min);
+        let high = self.analysed_positions().fold(f64::NEG_INFINITY, f64::max);
         (high - low).max(0.0)
     }
 
-    /// Median distance of neighbours, in mm; `None` below two positions. Slices must be sorted.
+    /// Median distance of analysed neighbours, in mm; `None` below two positions. Slices must be sorted.
     pub(crate) fn spacing_mm(&self) -> Option<f64> {
         let mut distances = self.distances();
         distances.sort_by(f64::total_cmp);
         distances.get(distances.len() / 2).copied()
     }
 
-    /// The largest distance of neighbours, in mm, where it is a gap by `limits`. Slices must be sorted.
+    /// The largest distance of analysed neighbours, in mm, where it is a gap by `limits`. Slices must be sorted.
     pub(crate) fn gap_mm(&self, limits: &Limits) -> Option<f64> {
         let usual_mm = self.spacing_mm()?;
         let largest_mm = self.distances().into_iter().fold(0.0, f64::max);
@@ -200,7 +200,7 @@ impl Series {
     }
 
     fn distances(&self) -> Vec<f64> {
-        let positions: Vec<f64> = self.positions().collect();
+        let positions: Vec<f64> = self.analysed_positions().collect();
         let distance = |pair: &[f64]| pair[1] - pair[0];
         positions.windows(2).map(distance).collect()
     }
@@ -209,6 +209,12 @@ impl Series {
     pub(crate) fn n_analysed(&self) -> usize {
         let analysed = self.slices.iter().filter(|slice| slice.logit.is_some());
         analysed.count()
+    }
+
+    fn analysed_positions(&self) -> impl Iterator<Item = f64> {
+        let analysed = self.slices.iter().filter(|slice| slice.logit.is_some());
+        let z_mm = analysed.filter_map(|slice| slice.facts.as_ref()?.z_mm);
+        z_mm.filter(|z_mm| z_mm.is_finite())
     }
 
     fn positions(&self) -> impl Iterator<Item = f64> {

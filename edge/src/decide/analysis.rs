@@ -10,6 +10,7 @@ use std::time::Duration;
 use shared::spec::PreprocessSpec;
 use shared::uid::Uid;
 
+use super::again::Again;
 use super::arrivals::Arrivals;
 use super::counters::Counters;
 use super::handoff::Handoff;
@@ -28,8 +29,6 @@ pub(super) struct Start {
     pub(super) cursor: u64,
     /// Of this sequence, so many frames are.
     pub(super) partial: (u64, u32),
-    /// To be analysed again, before everything else.
-    pub(super) again: Vec<u64>,
 }
 
 /// Runs until `arrivals` is closed or nobody takes what is handed over.
@@ -38,6 +37,7 @@ pub(super) fn run(
     start: Start,
     command: WorkerCommand,
     spec: &PreprocessSpec,
+    again: &Again,
     arrivals: &Arrivals,
     handoff: &Handoff<Item>,
     counters: &Counters,
@@ -45,6 +45,7 @@ pub(super) fn run(
     let mut analysis = Analysis {
         spool,
         supervisor: Supervisor::new(command, spec),
+        again,
         arrivals,
         handoff,
         counters,
@@ -52,13 +53,16 @@ pub(super) fn run(
         is_looked_at: false,
     };
     // Broken off is as good as done: nobody listens any more.
-    drop(analysis.all(start.cursor, &start.again));
+    match analysis.all(start.cursor) {
+        Ok(()) | Err(Stop) => {}
+    }
     handoff.close();
 }
 
 struct Analysis<'a> {
     spool: &'a Spool,
     supervisor: Supervisor,
+    again: &'a Again,
     arrivals: &'a Arrivals,
     handoff: &'a Handoff<Item>,
     counters: &'a Counters,
@@ -67,11 +71,16 @@ struct Analysis<'a> {
 }
 
 impl Analysis<'_> {
-    fn all(&mut self, mut cursor: u64, again: &[u64]) -> Result<(), Stop> {
-        for &sequence in again {
-            self.object(sequence, true)?;
-        }
-        while self.arrivals.wait_beyond(cursor, PATIENCE) {
+    fn all(&mut self, mut cursor: u64) -> Result<(), Stop> {
+        loop {
+            while self.arrivals.is_open()
+                && let Some(sequence) = self.again.next()
+            {
+                self.object(sequence, true)?;
+            }
+            if !self.arrivals.wait_beyond(cursor, PATIENCE) {
+                return Ok(());
+            }
             let latest = self.arrivals.latest();
             for sequence in self.spool.sequences_after(cursor) {
                 if !self.arrivals.is_open() {
@@ -86,7 +95,6 @@ impl Analysis<'_> {
                 cursor = latest;
             }
         }
-        Ok(())
     }
 
     fn object(&mut self, sequence: u64, is_again: bool) -> Result<(), Stop> {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use shared::uid::Uid;
 use tokio::sync::broadcast;
 
+use super::again::Again;
 use super::arrivals::Arrivals;
 use super::counters::Counters;
 use super::handoff::Handoff;
@@ -64,6 +65,8 @@ pub(crate) struct Parts {
     pub(crate) judge: Judge,
     /// Quiet time.
     pub(crate) quiet_time: Duration,
+    /// What is to be analysed again.
+    pub(crate) again: Arc<Again>,
     /// When objects arrived.
     pub(crate) arrivals: Arc<Arrivals>,
     /// Puts what is said into the outbox.
@@ -97,7 +100,10 @@ impl Decider {
     ///
     /// # Errors
     /// The store cannot be read.
-    pub(crate) fn new(parts: Parts, now: Instant) -> Result<Self, StoreError> {
+    pub(crate) fn new(mut parts: Parts, now: Instant) -> Result<Self, StoreError> {
+        for (sequence, _) in parts.store.unassigned()? {
+            parts.judge.remember_unassigned(sequence);
+        }
         let mut studies = BTreeMap::new();
         for study_uid in parts.store.open_studies()? {
             // Its quiet time begins anew: how long the node was down is not known.
@@ -170,8 +176,25 @@ impl Decider {
             && open.known.is_none()
         {
             open.known = Some(self.parts.store.slices(study_uid)?);
+            self.ask_again(study_uid);
         }
         Ok(())
+    }
+
+    /// Slices that another model has answered are analysed by this one, where the spool still has them.
+    fn ask_again(&mut self, study_uid: &Uid) {
+        if !matches!(self.parts.network, Network::Absent(_))
+            && let Some((rows, _)) = self
+                .studies
+                .get(study_uid)
+                .and_then(|open| open.known.as_ref())
+        {
+            let judge = &self.parts.judge;
+            let other = rows.values().filter(|row| judge.is_of_another_model(row));
+            let sequences: Vec<u64> = other.map(|row| row.sequence).collect();
+            self.parts.again.ask(&sequences);
+            self.batch.again.extend(sequences);
+        }
     }
 
     fn take(&mut self, item: Item) {
@@ -192,10 +215,15 @@ impl Decider {
         let sop_uid = item.object.sop_uid.clone().or(item.sop_uid);
         let study_uid = item.object.study_uid.as_ref();
         let (Some(study_uid), Some(sop_uid)) = (study_uid, sop_uid) else {
+            if item.is_again {
+                // The spool has it no more; what is known of it stays.
+                return;
+            }
             let reason = slice.err().unwrap_or_else(|| {
                 Reason::new("no-uid", "the object has no Study or no SOP Instance UID")
             });
             self.parts.counters.unassigned();
+            self.parts.judge.remember_unassigned(item.sequence);
             self.batch.unassigned.push((item.sequence, reason));
             return;
         };

@@ -2,8 +2,9 @@
 //!
 //! The stages in the order in which the data meets them: [`analysis`] has the supervised worker read objects; [`handoff`] is the bounded queue behind
 //! it; [`decider`] runs the network and writes; [`open_study`] keeps a study that is not complete, [`studies`] makes its result, with [`identity`];
-//! [`arrivals`] says when quiet time began; [`store`] is the database; [`counters`] counts. [`Deciding`] starts and ends it all, [`node`] within `edge serve`.
+//! [`arrivals`] says when quiet time began, [`again`] what is analysed anew; [`store`] is the database; [`counters`] counts. [`Deciding`] starts and ends it all, [`node`] within `edge serve`.
 
+pub(crate) mod again;
 pub(crate) mod analysis;
 pub(crate) mod arrivals;
 pub(crate) mod counters;
@@ -35,6 +36,7 @@ use crate::result::ModelIdentity;
 use crate::series::Limits;
 use crate::supervisor::{Tensor, WorkerCommand};
 use crate::wire::{ObjectFacts, Reason};
+use again::Again;
 use analysis::Start;
 use arrivals::Arrivals;
 use counters::Counters;
@@ -193,12 +195,13 @@ impl Deciding {
         let start = Start {
             cursor: store.cursor()?,
             partial: store.partial()?,
-            again: match given.model {
-                Sound::Ready(_) => store.again()?,
-                Sound::Degraded { .. } => Vec::new(),
-            },
         };
-        finish_decided(&spool, &start, &store.again()?);
+        let waiting = store.again()?;
+        finish_decided(&spool, &start, &waiting);
+        let again = Arc::new(Again::default());
+        if matches!(given.model, Sound::Ready(_)) {
+            again.ask(&waiting);
+        }
         let now = Instant::now();
         let arrivals = Arc::new(Arrivals::new(*latest.borrow_and_update(), now));
         let handoff = Arc::new(Handoff::default());
@@ -215,6 +218,7 @@ impl Deciding {
                 network,
                 judge,
                 quiet_time: given.quiet_time,
+                again: Arc::clone(&again),
                 arrivals: Arc::clone(&arrivals),
                 enqueue: given.enqueue,
                 changed: given.changed,
@@ -230,7 +234,7 @@ impl Deciding {
                 let (arrivals, handoff) = (Arc::clone(&arrivals), Arc::clone(&handoff));
                 move || {
                     analysis::run(
-                        &spool, start, command, &spec, &arrivals, &handoff, &counters,
+                        &spool, start, command, &spec, &again, &arrivals, &handoff, &counters,
                     );
                 }
             })?,
@@ -292,6 +296,7 @@ fn parts_of(model: Sound, limits: Limits) -> (Network, Judge) {
                 model: identity_of(&ready),
                 rule: ready.manifest.study_rule,
                 limits,
+                unassigned: Vec::new(),
             };
             (Network::Ready(Box::new(ready.model.session())), judge)
         }
@@ -304,6 +309,7 @@ fn parts_of(model: Sound, limits: Limits) -> (Network, Judge) {
                 },
                 rule: None,
                 limits,
+                unassigned: Vec::new(),
             };
             (Network::Absent(reason), judge)
         }

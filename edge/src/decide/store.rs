@@ -5,7 +5,7 @@
 //! lost, none counts twice. Values are JSON under one schema version; a database of a later version is refused, not read. The page
 //! cache is bounded ([`CACHE_BYTES`]). When a study is complete is left to [`super::decider`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shared::uid::Uid;
 
+use crate::intake::retention::is_clock_trusted;
 use crate::result::{Element, Outcome, State, StudyResult};
 use crate::wire::{Reason, SliceFacts};
 
@@ -404,7 +405,8 @@ impl Store {
     }
 
     /// Forgets every study whose last object came before `before_ms`, Unix time, and objects without a study up to `before_sequence`.
-    /// The studies that are forgotten.
+    /// A study that came while the clock was not set is forgotten when the last of its objects has gone from the spool, that is, lies
+    /// at or below `before_sequence`. The studies that had a result.
     ///
     /// # Errors
     /// The medium fails.
@@ -413,32 +415,61 @@ impl Store {
         before_ms: i64,
         before_sequence: u64,
     ) -> Result<Vec<Uid>, StoreError> {
-        let studies = self.studies()?.into_iter();
-        let old = studies.filter(|result| result.last_received_ms < before_ms);
-        let old: Vec<Uid> = old.map(|result| result.study_uid).collect();
+        let old = self.old_studies(before_ms, before_sequence)?;
+        let is_old = |study: &str| old.contains(study);
+        let mut forgotten = Vec::new();
         let transaction = self.database.begin_write()?;
         {
-            let is_old = |study: &str| old.iter().any(|uid| uid.as_str() == study);
-            transaction
-                .open_table(STUDIES)?
-                .retain(|study, _| !is_old(study))?;
-            if !old.is_empty() {
-                transaction
-                    .open_table(SLICES)?
-                    .retain(|(study, _, _), _| !is_old(study))?;
-                transaction
-                    .open_table(ELEMENTS)?
-                    .retain(|(study, _), _| !is_old(study))?;
-                transaction
-                    .open_table(STATEMENTS)?
-                    .retain(|(study, _), _| !is_old(study))?;
+            let mut studies = transaction.open_table(STUDIES)?;
+            for study in &old {
+                if studies.remove(study.as_str())?.is_some() {
+                    forgotten.extend(Uid::new(study));
+                }
             }
-            transaction
-                .open_table(UNASSIGNED)?
-                .retain(|sequence, _| sequence > before_sequence)?;
+            if !old.is_empty() {
+                let mut slices = transaction.open_table(SLICES)?;
+                slices.retain(|(study, _, _), _| !is_old(study))?;
+                let mut elements = transaction.open_table(ELEMENTS)?;
+                elements.retain(|(study, _), _| !is_old(study))?;
+                let mut statements = transaction.open_table(STATEMENTS)?;
+                statements.retain(|(study, _), _| !is_old(study))?;
+            }
+            let mut unassigned = transaction.open_table(UNASSIGNED)?;
+            unassigned.retain(|sequence, _| sequence > before_sequence)?;
         }
         transaction.commit()?;
-        Ok(old)
+        Ok(forgotten)
+    }
+
+    /// Studies, with a result or without, all of whose objects are too old.
+    fn old_studies(
+        &self,
+        before_ms: i64,
+        before_sequence: u64,
+    ) -> Result<BTreeSet<String>, StoreError> {
+        /// The rest is skipped, not built.
+        #[derive(Deserialize)]
+        struct Row {
+            sequence: u64,
+            received_ms: i64,
+        }
+        let table = self.database.begin_read()?.open_table(SLICES)?;
+        let (mut known, mut kept) = (BTreeSet::new(), BTreeSet::new());
+        for entry in table.iter()? {
+            let (key, value) = entry?;
+            let row: Row = parse(value.value())?;
+            let is_old = if is_clock_trusted(row.received_ms) {
+                row.received_ms < before_ms
+            } else {
+                row.sequence <= before_sequence
+            };
+            let studies = if is_old { &mut known } else { &mut kept };
+            let study = key.value().0;
+            if !studies.contains(study) {
+                studies.insert(study.to_owned());
+            }
+        }
+        Ok(&known - &kept)
     }
 
     fn meta(&self, key: &str) -> Result<u64, StoreError> {

@@ -20,7 +20,6 @@ use crate::result::{
 };
 use crate::series::{Limits, NotJudged, Series, SliceRecord, Study, Why, assemble_study};
 use crate::study::{Verdict, judge};
-use crate::wire::Reason;
 
 /// SOP classes whose objects are images for analysis.
 pub(crate) const IMAGE_CLASSES: [&str; 3] = [
@@ -38,7 +37,14 @@ pub(crate) struct Judge {
     pub(crate) rule: Option<StudyRule>,
     /// What a series must have.
     pub(crate) limits: Limits,
+    /// Sequences of objects that name no study, the newest last.
+    pub(crate) unassigned: Vec<u64>,
 }
+
+/// Objects without a study are remarked on studies whose objects came at most so many before.
+const UNASSIGNED_REACH: u64 = 64;
+/// Objects without a study that are remembered.
+const MAX_UNASSIGNED: usize = 4_096;
 
 /// Whether objects of the class are images for analysis.
 pub(crate) fn is_image(sop_class_uid: &str) -> bool {
@@ -63,7 +69,9 @@ impl Judge {
         if images.is_empty() {
             return None;
         }
-        let records = images.iter().map(|(key, row)| record(study_uid, key, row));
+        let records = images
+            .iter()
+            .map(|(key, row)| self.record(study_uid, key, row));
         let study = assemble_study(study_uid.clone(), records.collect(), &self.limits);
         let verdict = judge(&study, self.rule.as_ref());
         let conflict = identity::conflict(sets(rows.values(), elements));
@@ -87,7 +95,7 @@ impl Judge {
             top: top(&slices),
             slices,
             not_judged: study.not_judged.iter().map(other_series).collect(),
-            remarks: remarks(&study, rows, &self.limits),
+            remarks: self.remarks(&study, rows),
             n_other_objects: others.len() as u64,
             model: self.model.clone(),
             patient: patient(&study, rows, elements),
@@ -169,14 +177,22 @@ fn sets<'a>(
         .map(|digest| elements.get(digest).map_or(&[][..], Vec::as_slice))
 }
 
-fn record(study_uid: &Uid, (sop_uid, frame): &SliceKey, row: &SliceRow) -> SliceRecord {
-    SliceRecord {
-        study_uid: Some(study_uid.clone()),
-        series_uid: row.series_uid.clone(),
-        sop_uid: Some(sop_uid.clone()),
-        frame: (*frame > 0).then_some(*frame),
-        facts: row.facts.clone(),
-        logit: row.logit,
+impl Judge {
+    /// Logits of another model do not count: they are none of this one's.
+    fn record(&self, study_uid: &Uid, (sop_uid, frame): &SliceKey, row: &SliceRow) -> SliceRecord {
+        SliceRecord {
+            study_uid: Some(study_uid.clone()),
+            series_uid: row.series_uid.clone(),
+            sop_uid: Some(sop_uid.clone()),
+            frame: (*frame > 0).then_some(*frame),
+            facts: row.facts.clone(),
+            logit: row.logit.filter(|_| !self.is_of_another_model(row)),
+        }
+    }
+
+    /// Whether the row's logit comes from another model than this one.
+    pub(super) fn is_of_another_model(&self, row: &SliceRow) -> bool {
+        row.logit.is_some() && row.model.as_deref() != Some(self.model.digest.as_str())
     }
 }
 
@@ -194,7 +210,11 @@ fn slice_result(record: &SliceRecord, rows: &Rows) -> Option<SliceResult> {
         frame: record.frame,
         z_mm: record.facts.as_ref().and_then(|facts| facts.z_mm),
         logit: record.logit,
-        reason: row.reason.as_ref().map(Reason::to_string),
+        reason: match (&row.reason, record.logit) {
+            (Some(reason), _) => Some(reason.to_string()),
+            (None, Some(_)) => None,
+            (None, None) => Some("model: its answer comes from another model".to_owned()),
+        },
     })
 }
 
@@ -245,6 +265,39 @@ fn choice(study: &Study) -> String {
         study.not_judged.len() + 1,
         series.coverage_mm(),
     )
+}
+
+impl Judge {
+    /// An object came that names no study: it may belong to any.
+    pub(crate) fn remember_unassigned(&mut self, sequence: u64) {
+        if self.unassigned.len() >= MAX_UNASSIGNED {
+            self.unassigned.remove(0);
+        }
+        self.unassigned.push(sequence);
+    }
+
+    /// Objects without a study that came among the study's.
+    fn n_unassigned(&self, rows: &Rows) -> usize {
+        let sequences = || rows.values().map(|row| row.sequence);
+        let first = sequences().min().unwrap_or_default();
+        let last = sequences().max().unwrap_or_default();
+        let among = first..=last.saturating_add(UNASSIGNED_REACH);
+        let unassigned = self.unassigned.iter();
+        unassigned
+            .filter(|sequence| among.contains(sequence))
+            .count()
+    }
+
+    fn remarks(&self, study: &Study, rows: &Rows) -> Vec<String> {
+        let mut remarks = remarks(study, rows, &self.limits);
+        let n_unassigned = self.n_unassigned(rows);
+        if n_unassigned > 0 {
+            remarks.push(format!(
+                "{n_unassigned} objects came among those of this study that cannot be read and name no study: they may be missing here"
+            ));
+        }
+        remarks
+    }
 }
 
 fn remarks(study: &Study, rows: &Rows, limits: &Limits) -> Vec<String> {

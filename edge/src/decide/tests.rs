@@ -10,6 +10,7 @@ use shared::study::StudyRule;
 use shared::uid::Uid;
 use tokio::sync::broadcast;
 
+use super::again::Again;
 use super::arrivals::Arrivals;
 use super::counters::Counters;
 use super::decider::{Decider, Network, Parts};
@@ -24,6 +25,8 @@ use crate::wire::{ObjectFacts, Reason, SliceFacts};
 
 const CT: &str = "1.2.840.10008.5.1.4.1.1.2";
 const DOSE_REPORT: &str = "1.2.840.10008.5.1.4.1.1.88.67";
+/// 2026-01-01.
+const RECEIVED_MS: i64 = 1_767_225_600_000;
 const FOREVER: Duration = Duration::from_secs(3_600);
 const RULE: StudyRule = StudyRule {
     smoothing_slices: 1,
@@ -39,6 +42,8 @@ struct Bench {
     next_sequence: u64,
     is_demonstration: bool,
     absent: Option<Reason>,
+    model: &'static str,
+    again: Arc<Again>,
 }
 
 /// A slice to come.
@@ -103,6 +108,8 @@ impl Bench {
             next_sequence: 1,
             is_demonstration: false,
             absent: None,
+            model: "d1",
+            again: Arc::default(),
         }
     }
 
@@ -123,13 +130,15 @@ impl Bench {
             judge: Judge {
                 model: ModelIdentity {
                     name: "test".into(),
-                    digest: "d1".into(),
+                    digest: self.model.into(),
                     is_demonstration: self.is_demonstration,
                 },
                 rule: Some(RULE),
                 limits: Limits::default(),
+                unassigned: Vec::new(),
             },
             quiet_time,
+            again: Arc::clone(&self.again),
             arrivals: Arc::new(Arrivals::new(0, Instant::now())),
             enqueue: Box::new(move |_, result| {
                 if result.may_leave(false) {
@@ -140,7 +149,7 @@ impl Bench {
             changed: broadcast::Sender::new(8),
             finished: Box::new(|_| {}),
             counters: Arc::new(Counters::default()),
-            now_ms: || 1_000,
+            now_ms: || RECEIVED_MS,
         };
         let decider = Decider::new(parts, Instant::now()).unwrap();
         let handoff = Handoff::default();
@@ -211,7 +220,7 @@ fn items(slice: &Slice, sequence: u64) -> [Item; 2] {
     let item = |part| Item {
         sequence,
         is_again: false,
-        received_ms: 1_000,
+        received_ms: RECEIVED_MS,
         sop_uid: Uid::new(&slice.sop).ok(),
         sop_class_uid: slice.class.to_owned(),
         object: Arc::clone(&object),
@@ -510,6 +519,21 @@ fn without_a_sound_model_slices_have_the_reason_and_are_analysed_again_later() {
 }
 
 #[test]
+fn answers_of_another_model_do_not_count_and_are_asked_for_again() {
+    let mut bench = Bench::new();
+    bench.receive(&series("1.2", 9.0));
+    assert_eq!(bench.result().state, State::Provisional);
+    bench.model = "d2";
+    bench.receive(&series("1.2", -1.0)[..1]);
+    let asked: Vec<u64> = std::iter::from_fn(|| bench.again.next()).collect();
+    assert_eq!(asked, (1..=60).collect::<Vec<u64>>());
+    assert_eq!(bench.store().again().unwrap(), asked);
+    let result = bench.complete();
+    assert_eq!((result.slices.len(), result.n_analysed()), (60, 1));
+    assert_eq!(codes(&result.outcome), "coverage");
+}
+
+#[test]
 fn a_database_of_a_later_version_is_refused_with_a_message() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("results.redb");
@@ -539,9 +563,37 @@ fn what_is_too_old_is_forgotten_with_everything_that_belongs_to_it() {
     bench.receive(&slices);
     bench.complete();
     let store = bench.store();
-    assert_eq!(store.forget(1_000, 0).unwrap(), []);
-    assert_eq!(store.forget(1_001, 0).unwrap(), [study_uid()]);
+    assert_eq!(store.forget(RECEIVED_MS, 0).unwrap(), []);
+    assert_eq!(store.forget(RECEIVED_MS + 1, 0).unwrap(), [study_uid()]);
     assert_eq!(store.studies().unwrap(), []);
-    assert_eq!(store.slices(&study_uid()).unwrap().0.len(), 0);
+    let (rows, elements) = store.slices(&study_uid()).unwrap();
+    assert!(rows.is_empty() && elements.is_empty());
     assert_eq!(store.statements(&study_uid()).unwrap(), []);
+}
+
+#[test]
+fn an_object_that_names_no_study_is_remarked_on_the_study_among_which_it_came() {
+    let mut bench = Bench::new();
+    let mut slices = series("1.2", -1.0);
+    slices[30].sop = "not a uid".into();
+    bench.receive(&slices);
+    let result = bench.complete();
+    assert_eq!(result.words(), "not detected on 59 of 59 slices");
+    assert!(
+        result.remarks[0].contains("name no study"),
+        "{:?}",
+        result.remarks
+    );
+}
+
+#[test]
+fn objects_without_an_image_are_forgotten_too() {
+    let mut bench = Bench::new();
+    let mut report = Slice::new("1.8", 1, 0.0).refused("sop-class");
+    report.class = DOSE_REPORT;
+    bench.receive(&[report]);
+    let store = bench.store();
+    assert_eq!(store.slices(&study_uid()).unwrap().0.len(), 1);
+    assert_eq!(store.forget(RECEIVED_MS + 1, 0).unwrap(), []);
+    assert_eq!(store.slices(&study_uid()).unwrap().0.len(), 0);
 }

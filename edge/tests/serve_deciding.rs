@@ -1,0 +1,269 @@
+//! What `edge serve` says of studies that are sent to it, also over kills, without a sound model, and of large objects.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
+mod node;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use node::{CT, Client, EXPLICIT, Node, PATIENCE};
+use serde_json::Value;
+use shared::phantom::{StudyPlan, UidRole, dicom_file, multi_frame_file};
+
+const ENHANCED: &str = "1.2.840.10008.5.1.4.1.1.2.1";
+const SIDE: u16 = 64;
+const N_SLICES: u32 = 40;
+
+/// A phantom study: each slice's SOP Instance UID and file.
+fn study(index: u32) -> (String, Vec<(String, Vec<u8>)>) {
+    let plan = StudyPlan::new(11, index, N_SLICES, SIDE);
+    let file = |slice| {
+        let bytes = dicom_file(&plan, slice, EXPLICIT).unwrap();
+        (plan.uid(UidRole::Slice(slice)), bytes)
+    };
+    (plan.uid(UidRole::Study), (0..N_SLICES).map(file).collect())
+}
+
+/// The data set of a file: without preamble and file meta information.
+fn data_set(file: &[u8]) -> &[u8] {
+    let length = u32::from_le_bytes(file[140..144].try_into().unwrap()) as usize;
+    &file[144 + length..]
+}
+
+/// Sends slices over one association; how many were acknowledged.
+fn send(address: SocketAddr, slices: &[(String, Vec<u8>)]) -> usize {
+    let Ok(mut client) = Client::open(address, &[(CT, &[EXPLICIT])]) else {
+        return 0;
+    };
+    let stored = slices.iter().take_while(|(instance, file)| {
+        matches!(client.store(1, CT, instance, data_set(file)), Ok(0))
+    });
+    stored.count()
+}
+
+/// The body of a GET of the page.
+fn get(node: &Node, path: &str) -> Value {
+    let line = node.wait_for_log("\"http_address\"");
+    let address = line.split("Ok(").nth(1).unwrap().split(')').next().unwrap();
+    let mut stream = node::connect(address.parse().unwrap());
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
+    serde_json::from_str(body).unwrap_or(Value::Null)
+}
+
+/// Waits until the study is complete and so many slices of it are known.
+fn complete(node: &Node, study_uid: &str, n_slices: usize) -> Value {
+    let start = Instant::now();
+    loop {
+        let result = get(node, &format!("/api/studies/{study_uid}"));
+        if result["state"] == "complete" && result["slices"] == n_slices {
+            return result;
+        }
+        assert!(start.elapsed() < 2 * PATIENCE, "{result} {:#?}", node.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// What `edge classify` says of the same files: the logit of each SOP Instance UID.
+fn classified(slices: &[(String, Vec<u8>)]) -> BTreeMap<String, f64> {
+    let folder = tempfile::tempdir().unwrap();
+    for (instance, file) in slices {
+        std::fs::write(folder.path().join(instance), file).unwrap();
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_edge"))
+        .args(["classify", "--json"])
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let values = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let slices = values.filter(|value| value["kind"] == "slice");
+    slices
+        .map(|value| {
+            let sop_uid = value["sop_uid"].as_str().unwrap().to_owned();
+            (sop_uid, value["logit"].as_f64().unwrap())
+        })
+        .collect()
+}
+
+fn logits(result: &Value) -> BTreeMap<String, f64> {
+    let slices = result["slice_results"].as_array().unwrap();
+    let one = |slice: &Value| {
+        let sop_uid = slice["sop_uid"].as_str().unwrap().to_owned();
+        (sop_uid, slice["logit"].as_f64().unwrap())
+    };
+    slices.iter().map(one).collect()
+}
+
+/// Child processes of the node: its worker.
+fn workers(node: &Node) -> Vec<u32> {
+    let id = node.id();
+    let tasks = std::fs::read_dir(format!("/proc/{id}/task")).unwrap();
+    let children =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let text: String = children.collect();
+    text.split_whitespace()
+        .map(|id| id.parse().unwrap())
+        .collect()
+}
+
+/// Over any kill every acknowledged slice has its answer, the same as `edge classify` gives, and each thing is said once.
+#[test]
+fn each_slice_is_decided_exactly_once_over_kills_at_any_moment() {
+    let (study_uid, slices) = study(0);
+    let mut folder = Arc::new(tempfile::tempdir().unwrap());
+    let mut n_sent = 0;
+    for round in 0..6 {
+        let node = Node::start_in(Arc::clone(&folder), "quiet_time_s = 0.5\n");
+        let (address, rest) = (node.dicom, slices[n_sent..].to_vec());
+        let sending = std::thread::spawn(move || send(address, &rest[..rest.len().min(9)]));
+        // Between "nothing is decided" and "all is": the moments differ from round to round and from run to run.
+        std::thread::sleep(Duration::from_millis(20 + 53 * round));
+        folder = node.kill();
+        n_sent += sending.join().unwrap();
+    }
+    let node = Node::start_in(folder, "quiet_time_s = 2\n");
+    assert_eq!(send(node.dicom, &slices[n_sent..]), slices.len() - n_sent);
+    let result = complete(&node, &study_uid, slices.len());
+    assert_eq!(result["analysed"], slices.len());
+    assert_eq!(logits(&result), classified(&slices));
+    let studies = get(&node, "/api/studies");
+    assert_eq!(studies.as_array().unwrap().len(), 1);
+    // Nothing more is said when nothing more comes.
+    let revision = result["revision"].clone();
+    let (_, folder) = node.stop();
+    let node = Node::start_in(folder, "quiet_time_s = 0.1\n");
+    let result = complete(&node, &study_uid, slices.len());
+    assert_eq!(result["revision"], revision);
+    assert_eq!(get(&node, "/api/status")["analysed"], 0);
+}
+
+#[test]
+fn the_worker_is_confined_and_one_that_is_killed_costs_no_slice() {
+    let (study_uid, slices) = study(1);
+    let node = Node::start("quiet_time_s = 1\n");
+    assert_eq!(send(node.dicom, &slices[..1]), 1);
+    let start = Instant::now();
+    while get(&node, "/api/status")["analysed"] != 1 {
+        assert!(start.elapsed() < PATIENCE, "{:#?}", node.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let [worker] = workers(&node)[..] else {
+        panic!("not one worker: {:?}", workers(&node))
+    };
+    let status = std::fs::read_to_string(format!("/proc/{worker}/status")).unwrap();
+    let is_native = std::env::var_os("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER").is_none();
+    assert!(!is_native || status.contains("Seccomp:\t2"), "{status}");
+    let address = node.dicom;
+    let rest = slices[1..].to_vec();
+    let sending = std::thread::spawn(move || send(address, &rest));
+    // Each is killed while slices wait, and only after the one before it was replaced and has worked.
+    for n_known in [2, 12, 22] {
+        while get(&node, "/api/status")["analysed"].as_u64().unwrap() < n_known {
+            assert!(start.elapsed() < PATIENCE, "{:#?}", node.log());
+        }
+        for worker in workers(&node) {
+            let process = rustix::process::Pid::from_raw(worker.cast_signed()).unwrap();
+            let signal = rustix::process::Signal::KILL;
+            drop(rustix::process::kill_process(process, signal));
+        }
+    }
+    assert_eq!(sending.join().unwrap(), slices.len() - 1);
+    let result = complete(&node, &study_uid, slices.len());
+    assert_eq!(result["analysed"], slices.len());
+}
+
+/// A model file whose expected bits are wrong: the node stays up and analyses later what it kept.
+#[test]
+fn a_failed_self_test_degrades_and_slices_are_analysed_when_the_model_is_sound() {
+    let (study_uid, slices) = study(2);
+    let folder = Arc::new(tempfile::tempdir().unwrap());
+    let demo = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/model/demo.onnx")).unwrap();
+    let text = b"\"logit_bits\":";
+    let at = demo
+        .windows(text.len())
+        .position(|part| part == text)
+        .unwrap()
+        + text.len();
+    let mut broken = demo.clone();
+    // The second digit, so that it stays a number of 32 bits.
+    broken[at + 1] = if broken[at + 1] == b'1' { b'0' } else { b'1' };
+    let model = folder.path().join("model.onnx");
+    std::fs::write(&model, &broken).unwrap();
+    let settings = format!("quiet_time_s = 0.5\nmodel = \"{}\"\n", model.display());
+
+    let node = Node::start_in(Arc::clone(&folder), &settings);
+    assert_eq!(send(node.dicom, &slices), slices.len());
+    let result = complete(&node, &study_uid, slices.len());
+    assert_eq!(result["outcome"]["code"], "self-test");
+    assert_eq!(result["analysed"], 0);
+    assert!(node.is_alive());
+    let status = get(&node, "/api/status");
+    assert_eq!(status["state"], "degraded");
+    assert!(status["self_test"].as_str().unwrap().contains("self-test"));
+
+    let (ended, folder) = node.stop();
+    assert!(ended.success());
+    std::fs::write(&model, &demo).unwrap();
+    let node = Node::start_in(folder, &settings);
+    let start = Instant::now();
+    let result = loop {
+        let result = complete(&node, &study_uid, slices.len());
+        if result["analysed"] == slices.len() {
+            break result;
+        }
+        assert!(start.elapsed() < PATIENCE, "{result}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(logits(&result), classified(&slices));
+    assert_ne!(result["outcome"]["kind"], "not_analysed");
+}
+
+/// VmHWM of a process in KiB.
+fn peak_kib(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let text = line.unwrap().trim().trim_end_matches(" kB");
+    text.parse().unwrap()
+}
+
+/// Frames are read one at a time: the worker's memory does not grow with their number.
+#[test]
+fn a_large_enhanced_ct_is_never_in_memory_as_a_whole() {
+    let plan = StudyPlan::new(11, 4, 48, 256);
+    let peak = |n_frames: u32| {
+        let file = multi_frame_file(&plan, n_frames, EXPLICIT).unwrap();
+        let node = Node::start("quiet_time_s = 3600\n");
+        let mut client = Client::open(node.dicom, &[(ENHANCED, &[EXPLICIT])]).unwrap();
+        let instance = plan.uid(UidRole::MultiFrame);
+        let status = client
+            .store(1, ENHANCED, &instance, data_set(&file))
+            .unwrap();
+        assert_eq!(status, 0);
+        let start = Instant::now();
+        while get(&node, "/api/status")["analysed"] != n_frames {
+            assert!(start.elapsed() < PATIENCE, "{:#?}", node.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let [worker] = workers(&node)[..] else {
+            panic!("not one worker")
+        };
+        (peak_kib(worker), file.len() as u64 / 1024)
+    };
+    let (few, _) = peak(2);
+    let (many, file_kib) = peak(48);
+    assert!(file_kib > 6_000);
+    assert!(
+        many < few + 2_048,
+        "{few} KiB for 2 frames, {many} KiB for 48"
+    );
+}
