@@ -70,7 +70,10 @@ fn filter(otherwise: SeccompAction) -> Result<BpfProgram, Error> {
     }
     let not_executable = (2, SeccompCmpOp::MaskedEq(PROT_EXEC), 0);
     let anonymous = (3, SeccompCmpOp::MaskedEq(MAP_ANONYMOUS), MAP_ANONYMOUS);
-    rules.insert(libc::SYS_mprotect, vec![rule(&[not_executable.clone()])?]);
+    rules.insert(
+        libc::SYS_mprotect,
+        vec![rule(std::slice::from_ref(&not_executable))?],
+    );
     rules.insert(libc::SYS_mmap, vec![rule(&[not_executable, anonymous])?]);
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let filter = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, architecture)?;

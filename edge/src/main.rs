@@ -11,24 +11,18 @@ mod classify;
 mod cli;
 mod config;
 mod confinement;
-#[allow(dead_code, reason = "what sends and shows comes next")]
 mod decide;
 mod exit;
 mod heatmap;
-#[allow(dead_code, reason = "what decides, sends and shows comes next")]
 mod intake;
 mod launch;
 mod model;
-#[allow(dead_code, reason = "serve uses all of it when the stages before land")]
 mod operate;
-#[allow(dead_code, reason = "serve uses all of it when the stages before land")]
 mod page;
 mod report;
-#[allow(dead_code, reason = "the daemon that reads it comes next")]
 mod result;
 mod send;
 mod series;
-#[allow(dead_code, reason = "what decides, sends and shows comes next")]
 mod serve;
 mod study;
 mod supervisor;

@@ -431,7 +431,8 @@ fn is_same_orientation(a: &[f64; 6], b: &[f64; 6]) -> bool {
     let (a, b) = (normal(*a), normal(*b));
     let cosine: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
     // Both are unit vectors by the gate; where there is no orientation at all, both are zero.
-    a == b || cosine >= SAME_ORIENTATION_DEGREES.to_radians().cos()
+    let is_zero = |v: [f64; 3]| v.iter().all(|x| x.abs() < f64::EPSILON);
+    (is_zero(a) && is_zero(b)) || cosine >= SAME_ORIENTATION_DEGREES.to_radians().cos()
 }
 
 fn obstacle(series: &Series, limits: &Limits) -> Option<Why> {

@@ -1,4 +1,5 @@
 //! What an operator and a reader meet: the page of a running node, what it writes, and its models.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod node;
 

@@ -178,7 +178,7 @@ pub fn table(judged: &[Judged], predictor: &Predictor) -> String {
                     if score >= rule.logit_threshold {
                         "POSITIVE"
                     } else {
-                        "negative"
+                        "not detected"
                     }
                 ))
             });

@@ -23,7 +23,7 @@ use crate::wire::{ObjectFacts, Reason};
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where analysis begins.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Start {
     /// Everything up to this is decided.
     pub(super) cursor: u64,
@@ -32,6 +32,10 @@ pub(super) struct Start {
 }
 
 /// Runs until `arrivals` is closed or nobody takes what is handed over.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the ends of a thread, each of another kind"
+)]
 pub(super) fn run(
     spool: &Spool,
     start: Start,

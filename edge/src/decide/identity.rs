@@ -21,7 +21,7 @@ const COMPARED: [((u16, u16), &str); 5] = [
 
 /// The name of the first attribute in which two of `identities` contradict each other.
 pub(super) fn conflict<'a>(
-    identities: impl Iterator<Item = &'a [Element]> + Clone,
+    identities: &(impl Iterator<Item = &'a [Element]> + Clone),
 ) -> Option<&'static str> {
     COMPARED.iter().find_map(|&(tag, name)| {
         let mut first: Option<&[Element]> = None;
@@ -81,7 +81,7 @@ mod tests {
 
     #[track_caller]
     fn check(identities: &[Vec<Element>], expected: Option<&str>) {
-        assert_eq!(conflict(identities.iter().map(Vec::as_slice)), expected);
+        assert_eq!(conflict(&identities.iter().map(Vec::as_slice)), expected);
     }
 
     const ID: (u16, u16) = (0x0010, 0x0020);

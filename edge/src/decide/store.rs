@@ -238,6 +238,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Self::cursor`].
+    #[cfg(test)]
     pub(crate) fn studies(&self) -> Result<Vec<StudyResult>, StoreError> {
         let table = self.database.begin_read()?.open_table(STUDIES)?;
         let mut studies = Vec::new();

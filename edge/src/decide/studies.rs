@@ -74,7 +74,7 @@ impl Judge {
             .map(|(key, row)| self.record(study_uid, key, row));
         let study = assemble_study(study_uid.clone(), records.collect(), &self.limits);
         let verdict = judge(&study, self.rule.as_ref());
-        let conflict = identity::conflict(sets(rows.values(), elements));
+        let conflict = identity::conflict(&sets(rows.values(), elements));
         let judged = self.judged_slices(&study);
         let slices: Vec<SliceResult> = judged
             .iter()

@@ -37,14 +37,21 @@ use crate::result::{SliceResult, StudyResult};
 /// Most studies on the worklist; older ones are reached by their address.
 pub(crate) const MAX_LISTED: usize = 500;
 
+/// Hands every study to the function that it is given.
+pub(crate) type EachStudy = dyn Fn(&mut dyn FnMut(StudyResult)) + Send + Sync;
+/// The study of that UID.
+pub(crate) type OneStudy = dyn Fn(&Uid) -> Option<StudyResult> + Send + Sync;
+/// What a slice's picture is drawn from; with its heat map when asked for.
+pub(crate) type Picture = dyn Fn(&SliceResult, bool) -> Result<Shown, NotShown> + Send + Sync;
+
 /// Where the page gets what it shows. The functions may block; routes call them off the event loop.
 pub(crate) struct Sources {
     /// Shows all studies, one at a time: a study has hundreds of slices, and the worklist needs few words of each.
-    pub(crate) studies: Box<dyn Fn(&mut dyn FnMut(StudyResult)) + Send + Sync>,
+    pub(crate) studies: Box<EachStudy>,
     /// One study.
-    pub(crate) study: Box<dyn Fn(&Uid) -> Option<StudyResult> + Send + Sync>,
+    pub(crate) study: Box<OneStudy>,
     /// The tensor of a slice, and where its answer comes from when that is asked for.
-    pub(crate) slice: Box<dyn Fn(&SliceResult, bool) -> Result<Shown, NotShown> + Send + Sync>,
+    pub(crate) slice: Box<Picture>,
     /// The daemon's state.
     pub(crate) status: Box<dyn Fn() -> Status + Send + Sync>,
     /// What the stages have counted.

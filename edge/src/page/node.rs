@@ -98,7 +98,6 @@ fn counts(node: &NodeState) -> Counts {
         recognised: decided.n_recognised,
         workers_replaced: decided.n_workers_replaced,
         store_failures: decided.n_store_failures,
-        ..Counts::default()
     }
 }
 

@@ -249,6 +249,8 @@ struct ApiStudy {
     score: Option<f32>,
     probability: Option<f32>,
     slices: usize,
+    /// How far the analysis came.
+    attempt: Option<crate::result::Attempt>,
     analysed: usize,
     not_analysed: usize,
     first_received_ms: i64,
@@ -272,6 +274,7 @@ impl From<&StudyResult> for ApiStudy {
             score: result.score,
             probability: result.score.map(shared::probability::sigmoid),
             slices: result.slices.len(),
+            attempt: result.attempt(),
             analysed: result.n_analysed(),
             not_analysed: result.n_not_analysed(),
             first_received_ms: result.first_received_ms,

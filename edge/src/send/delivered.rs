@@ -81,10 +81,10 @@ pub(super) fn no_ways(patience: Patience) -> Ways {
 
 impl Node {
     fn start(database: &Path, pacs: Pacs, patience: Patience) -> Self {
-        Self::start_with(database, ways(pacs, patience))
+        Self::start_with(database, &ways(pacs, patience))
     }
 
-    pub(super) fn start_with(database: &Path, ways: Ways) -> Self {
+    pub(super) fn start_with(database: &Path, ways: &Ways) -> Self {
         let database = Arc::new(Database::create(database).unwrap());
         let outbox = Arc::new(Outbox::open(Arc::clone(&database)).unwrap());
         let ends: Arc<Mutex<Vec<End>>> = Arc::default();
@@ -97,7 +97,7 @@ impl Node {
         );
         let (stop, stopped) = watch::channel(false);
         Self {
-            channels: channels(&ways),
+            channels: channels(ways),
             database,
             outbox,
             ends,

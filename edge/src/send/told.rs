@@ -63,7 +63,7 @@ fn status(line: &str, body: &str) -> String {
 /// Decides one positive result and waits until it is settled.
 async fn tell(ways: Ways) -> Counts {
     let (_folder, database) = folder();
-    let node = Node::start_with(&database, ways);
+    let node = Node::start_with(&database, &ways);
     node.decide(&sample::positive());
     node.settled().await
 }
@@ -86,7 +86,7 @@ async fn a_webhook_gets_the_same_signed_body_until_it_takes_it() {
         ..no_ways(impatient())
     };
     assert_eq!(tell(ways).await, Counts::default());
-    let log = log.lock().unwrap();
+    let log = log.lock().unwrap().clone();
     assert_eq!(log.len(), 3);
     assert!(log.iter().all(|request| *request == log[0]));
     let head = log[0].0.to_lowercase();
@@ -144,7 +144,7 @@ async fn an_hl7_receiver_gets_the_same_message_until_it_acknowledges_it() {
     let script = vec![String::new(), answer("AA", "another"), answer("AA", id)];
     let (port, log) = serve(script, mllp_message);
     assert_eq!(tell(ways_to(port)).await, Counts::default());
-    let log = log.lock().unwrap();
+    let log = log.lock().unwrap().clone();
     assert_eq!(log.len(), 3);
     assert!(log.iter().all(|message| *message == log[0]));
     assert!(log[0].1.starts_with(b"\x0bMSH|"));
