@@ -111,10 +111,12 @@ mod tests {
 
     #[test]
     fn files_sockets_and_programs_are_out_of_reach() {
+        let folder = tempfile::tempdir().unwrap();
+        let never = folder.path().join("never");
         let refused = behind_the_filter(|| {
             [
                 is_refused(File::open("/dev/null")),
-                is_refused(File::create("/tmp/never")),
+                is_refused(File::create(&never)),
                 is_refused(TcpListener::bind("127.0.0.1:0")),
                 is_refused(std::process::Command::new("/bin/true").status()),
             ]
