@@ -1,0 +1,177 @@
+//! Numbers to integers: activations to u8 or s8, weights to s8, biases to i32.
+
+use rayon::prelude::*;
+
+use crate::calibrate::Range;
+use crate::export::IMAGE_SCALE;
+
+/// Scale and zero point of a u8 activation: value = (integer - zero point) x scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Parameters {
+    pub(super) scale: f32,
+    pub(super) zero_point: u8,
+}
+
+impl Parameters {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to 0..=255"
+    )]
+    pub(super) fn of(range: Range) -> Self {
+        let width = range.high - range.low;
+        let scale = if width > 0.0 {
+            (width / 255.0).max(f32::MIN_POSITIVE)
+        } else {
+            IMAGE_SCALE
+        };
+        Self {
+            scale,
+            zero_point: (-range.low / scale).round_ties_even().clamp(0.0, 255.0) as u8,
+        }
+    }
+
+    /// Rounds values to what the integers can say.
+    pub(super) fn apply(self, values: &mut [f32]) {
+        let zero_point = f32::from(self.zero_point);
+        for value in values {
+            *value = (((*value / self.scale).round_ties_even() + zero_point).clamp(0.0, 255.0)
+                - zero_point)
+                * self.scale;
+        }
+    }
+}
+
+/// What one integer step of an activation of that range stands for.
+pub(crate) fn activation_scale(range: Range) -> f32 {
+    Parameters::of(range).scale
+}
+
+/// Symmetric s8: value = integer x scale.
+pub(super) fn symmetric_scale(range: Range) -> f32 {
+    let magnitude = range.high.max(-range.low);
+    if magnitude > 0.0 {
+        (magnitude / 127.0).max(f32::MIN_POSITIVE)
+    } else {
+        1.0 / 127.0
+    }
+}
+
+pub(super) fn weight_scale(row: &[f32]) -> f32 {
+    let magnitude = row
+        .iter()
+        .fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    if magnitude > 0.0 {
+        (magnitude / 127.0).max(f32::MIN_POSITIVE)
+    } else {
+        1.0 / 127.0
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "clamped to -127..=127")]
+pub(super) fn to_s8(value: f32, scale: f32) -> i8 {
+    (value / scale).round_ties_even().clamp(-127.0, 127.0) as i8
+}
+
+/// Integers of one layer.
+pub(crate) struct QuantizedLayer {
+    pub(super) weights: Vec<i8>,
+    pub(super) scales: Vec<f32>,
+    pub(super) bias: Vec<i32>,
+}
+
+impl QuantizedLayer {
+    /// Quantizes `weights [output, inputs]`; a scale is doubled until no accumulator can overflow. The error is the channel for which
+    /// that does not help.
+    pub(crate) fn of(
+        weights: &[f32],
+        bias: &[f32],
+        input_scale: f32,
+        is_per_tensor: bool,
+    ) -> Result<Self, usize> {
+        let n_outputs = bias.len().max(1);
+        let n_groups = if is_per_tensor { 1 } else { n_outputs };
+        let (a_group, biases_a_group) = ((weights.len() / n_groups).max(1), n_outputs / n_groups);
+        let groups = weights
+            .par_chunks_exact(a_group)
+            .zip(bias.par_chunks_exact(biases_a_group))
+            .enumerate();
+        let of_groups: Vec<(Vec<i8>, f32, Vec<i32>)> = groups
+            .map(|(group, (weights, bias))| {
+                let mut scale = weight_scale(weights);
+                for _ in 0..64 {
+                    let integers: Vec<i8> =
+                        weights.iter().map(|&value| to_s8(value, scale)).collect();
+                    let quantized_bias: Option<Vec<i32>> = bias
+                        .iter()
+                        .map(|&value| to_i32(value, input_scale * scale))
+                        .collect();
+                    let fits = |bias: &Vec<i32>| {
+                        shared::quantize::check_accumulators(&integers, bias).is_ok()
+                    };
+                    if let Some(bias) = quantized_bias.filter(fits) {
+                        return Ok((integers, scale, bias));
+                    }
+                    scale *= 2.0;
+                }
+                Err(group)
+            })
+            .collect::<Result<_, usize>>()?;
+        let mut layer = Self {
+            weights: Vec::with_capacity(weights.len()),
+            scales: Vec::new(),
+            bias: Vec::new(),
+        };
+        for (weights, scale, bias) in of_groups {
+            layer.weights.extend(weights);
+            layer.scales.push(scale);
+            layer.bias.extend(bias);
+        }
+        Ok(layer)
+    }
+}
+
+impl QuantizedLayer {
+    /// What the integers stand for: weights and biases.
+    pub(crate) fn values(&self, input_scale: f32) -> (Vec<f32>, Vec<f32>) {
+        let n_groups = self.scales.len().max(1);
+        let of_weights = self.weights.chunks((self.weights.len() / n_groups).max(1));
+        let weights = of_weights
+            .zip(&self.scales)
+            .flat_map(|(weights, scale)| weights.iter().map(move |&w| f32::from(w) * scale));
+        let of_biases = self.bias.chunks((self.bias.len() / n_groups).max(1));
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a bias beyond 2^24 loses bits that f32 sums lose anyway"
+        )]
+        let biases = of_biases.zip(&self.scales).flat_map(|(biases, scale)| {
+            let scale = input_scale * scale;
+            biases.iter().map(move |&bias| bias as f32 * scale)
+        });
+        (weights.collect(), biases.collect())
+    }
+}
+
+/// The bias as integer at `scale`; `None` where it leaves i32.
+fn to_i32(value: f32, scale: f32) -> Option<i32> {
+    let integer = (f64::from(value) / f64::from(scale)).round_ties_even();
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the range is checked in the same line"
+    )]
+    (integer.abs() <= f64::from(i32::MAX)).then_some(integer as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accumulators_that_could_overflow_get_a_coarser_scale() {
+        let weights = vec![1.0; 100_000];
+        let layer = QuantizedLayer::of(&weights, &[0.0], 1.0, false).unwrap();
+        assert!(shared::quantize::check_accumulators(&layer.weights, &layer.bias).is_ok());
+        assert!(layer.weights[0] < 127 && layer.weights[0] > 32);
+        assert!((f32::from(layer.weights[0]) * layer.scales[0] - 1.0).abs() < 0.02);
+    }
+}

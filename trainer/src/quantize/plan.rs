@@ -1,0 +1,96 @@
+//! Which tensors of a graph are quantized, and with whose range.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::export::{IMAGE_SCALE, LOGIT};
+use crate::onnx::{GraphProto, NodeProto};
+
+use super::integers::Parameters;
+use super::{QuantizeError, Ranges};
+
+/// Which tensors are quantized, and with whose range.
+pub(super) struct Plan {
+    /// Tensors with a range of their own, in graph order.
+    pub(super) leaders: Vec<String>,
+    /// For every quantized tensor the one whose range it shares.
+    pub(super) leader_of: BTreeMap<String, String>,
+    /// For the output of a node that a ReLU alone reads: the ReLU's output.
+    pub(super) relu_of: BTreeMap<String, String>,
+}
+
+impl Plan {
+    pub(super) fn of(graph: &GraphProto) -> Self {
+        let mut readers: BTreeMap<&str, Vec<&NodeProto>> = BTreeMap::new();
+        for node in &graph.node {
+            for input in &node.input {
+                readers.entry(input).or_default().push(node);
+            }
+        }
+        let mut plan = Self {
+            leaders: Vec::new(),
+            leader_of: BTreeMap::new(),
+            relu_of: BTreeMap::new(),
+        };
+        let mut fused = BTreeSet::new();
+        for node in &graph.node {
+            let output = node.output[0].as_str();
+            match node.op_type.as_str() {
+                "Cast" | "Mul" | "Sigmoid" => continue,
+                "MaxPool" | "Flatten" => {
+                    let leader = plan
+                        .leader_of
+                        .get(&node.input[0])
+                        .unwrap_or(&node.input[0])
+                        .clone();
+                    plan.leader_of.insert(output.to_owned(), leader);
+                    continue;
+                }
+                _ if output == LOGIT || fused.contains(output) => continue,
+                _ => {}
+            }
+            let relu = match readers.get(output).map(Vec::as_slice) {
+                Some([only]) if only.op_type == "Relu" && node.op_type != "Relu" => {
+                    Some(only.output[0].clone())
+                }
+                _ => None,
+            };
+            let name = relu.clone().unwrap_or_else(|| output.to_owned());
+            if let Some(relu) = relu {
+                fused.insert(only_name(&relu, graph));
+                plan.relu_of.insert(output.to_owned(), relu);
+            }
+            plan.leader_of.insert(name.clone(), name.clone());
+            plan.leaders.push(name);
+        }
+        plan
+    }
+
+    pub(super) fn parameters(
+        &self,
+        tensor: &str,
+        ranges: &Ranges,
+    ) -> Result<Parameters, QuantizeError> {
+        let leader = self.leader_of.get(tensor).map_or(tensor, String::as_str);
+        if leader == "image_scaled" {
+            return Ok(Parameters {
+                scale: IMAGE_SCALE,
+                zero_point: 0,
+            });
+        }
+        let (_, range, _) = ranges
+            .get(leader)
+            .ok_or_else(|| QuantizeError::Unobserved {
+                name: leader.to_owned(),
+            })?;
+        Ok(Parameters::of(*range))
+    }
+}
+
+/// The string as it stands in the graph, so that a set of borrowed names can hold it.
+fn only_name<'a>(name: &str, graph: &'a GraphProto) -> &'a str {
+    let outputs = graph.node.iter().flat_map(|node| &node.output);
+    outputs
+        .into_iter()
+        .find(|output| *output == name)
+        .map_or("", String::as_str)
+}

@@ -1,0 +1,141 @@
+//! The range of every activation: candidates of [`crate::calibrate`], the one with the smallest error of the logit taken.
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+
+use crate::calibrate::{Method, Observation, Range};
+use crate::execute::{ExecuteError, FloatGraph, Tensor};
+use crate::export::LOGIT;
+use crate::onnx::ModelProto;
+
+use super::graph::{constant, is_weighted};
+use super::integers::{Parameters, weight_scale};
+use super::plan::Plan;
+use super::{Options, QuantizeError, Ranges};
+
+pub(super) fn logits(graph: &FloatGraph, images: &[&[u8]]) -> Result<Vec<f32>, ExecuteError> {
+    images
+        .par_iter()
+        .map(|image| graph.logit(image, &mut |_, _| {}))
+        .collect()
+}
+
+pub(super) fn rmse(logits: &[f32], reference: &[f32]) -> f64 {
+    let squares = logits
+        .iter()
+        .zip(reference)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
+    (squares.sum::<f64>() / logits.len().max(1) as f64).sqrt()
+}
+
+/// For each tensor in graph order the candidate with the smallest error of the logit, everything before it and all weights being quantized.
+pub(super) fn choose_ranges(
+    model: &ModelProto,
+    plan: &Plan,
+    observed: &Observation,
+    selection: &[&[u8]],
+    reference: &[f32],
+    options: &Options,
+) -> Result<Ranges, QuantizeError> {
+    let mut ranges = Ranges::new();
+    let fake = FloatGraph::with_weights(model, &fake_quantized_weights(model)?)?;
+    for leader in &plan.leaders {
+        let histogram =
+            observed
+                .histograms
+                .get(leader)
+                .ok_or_else(|| QuantizeError::Unobserved {
+                    name: leader.clone(),
+                })?;
+        let candidates = histogram.ranges();
+        if let Some(method) = options.method {
+            ranges.insert(leader.clone(), (method, candidates[&method], f64::NAN));
+            continue;
+        }
+        let candidates: Vec<(Method, Range)> = candidates.into_iter().collect();
+        let errors = candidate_errors(&fake, leader, &candidates, &ranges, selection, reference)?;
+        let best = candidates
+            .into_iter()
+            .zip(errors)
+            .min_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some(((method, range), error)) = best {
+            ranges.insert(leader.clone(), (method, range, error));
+        }
+    }
+    Ok(ranges)
+}
+
+/// Root mean squared error of the logit for each candidate of `leader`.
+fn candidate_errors(
+    fake: &FloatGraph,
+    leader: &str,
+    candidates: &[(Method, Range)],
+    chosen: &Ranges,
+    selection: &[&[u8]],
+    reference: &[f32],
+) -> Result<Vec<f64>, QuantizeError> {
+    let of_image = |(image, reference): (&&[u8], &f32)| -> Result<Vec<f64>, ExecuteError> {
+        let mut run = fake.begin(image);
+        fake.advance(&mut run, Some(leader), &mut |name, tensor| {
+            if let Some((_, range, _)) = chosen.get(name) {
+                Parameters::of(*range).apply(&mut tensor.values);
+            }
+        })?;
+        let mut errors = Vec::with_capacity(candidates.len());
+        for (_, range) in candidates {
+            let mut run = run.clone();
+            if let Some(tensor) = fake.value_mut(&mut run, leader) {
+                Parameters::of(*range).apply(&mut tensor.values);
+            }
+            fake.advance(&mut run, None, &mut |_, _| {})?;
+            let logit = fake
+                .value(&run, LOGIT)
+                .and_then(|tensor| tensor.values.first().copied());
+            errors.push((f64::from(logit.unwrap_or(f32::NAN)) - f64::from(*reference)).powi(2));
+        }
+        Ok(errors)
+    };
+    let of_images: Vec<Vec<f64>> = selection
+        .par_iter()
+        .zip(reference)
+        .map(of_image)
+        .collect::<Result<_, _>>()?;
+    let mean = |index: usize| {
+        of_images.iter().map(|errors| errors[index]).sum::<f64>() / of_images.len() as f64
+    };
+    Ok((0..candidates.len())
+        .map(|index| mean(index).sqrt())
+        .collect())
+}
+
+/// Weights of Conv and Gemm, rounded to what s8 can say.
+fn fake_quantized_weights(model: &ModelProto) -> Result<BTreeMap<String, Tensor>, QuantizeError> {
+    let graph = model.graph()?;
+    let constants = graph.initializers();
+    let mut weights = BTreeMap::new();
+    for node in graph.node.iter().filter(|node| is_weighted(node)) {
+        let proto = constant(&constants, &node.input[1])?;
+        let mut values = proto.to_f32()?;
+        let n_scales = if node.output[0] == LOGIT {
+            1
+        } else {
+            proto.shape()?.first().copied().unwrap_or(1).max(1)
+        };
+        let a_scale = (values.len() / n_scales).max(1);
+        for row in values.chunks_exact_mut(a_scale) {
+            let scale = weight_scale(row);
+            row.iter_mut().for_each(|value| {
+                *value = (*value / scale).round_ties_even().clamp(-127.0, 127.0) * scale
+            });
+        }
+        weights.insert(
+            node.input[1].clone(),
+            Tensor {
+                shape: proto.shape()?,
+                values,
+            },
+        );
+    }
+    Ok(weights)
+}
