@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use shared::manifest::Manifest;
 use shared::preprocess::Preprocessor;
 use shared::probability::sigmoid;
 use shared::{RESEARCH_USE, TENSOR_BYTES, dicom, study};
@@ -131,16 +132,17 @@ fn file(
 
 /// A table: one line a series with its score, and the reasons why slices were not analysed.
 #[must_use]
-pub fn table(judged: &[Judged], predictor: &Predictor) -> String {
+pub fn table(judged: &[Judged], manifest: Option<&Manifest>) -> String {
     let mut series: BTreeMap<&(String, String), Vec<&Judged>> = BTreeMap::new();
     let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
     for one in judged {
-        match &one.outcome {
-            Ok(_) => series.entry(&one.series).or_default().push(one),
-            Err(reason) => *reasons.entry(reason).or_default() += 1,
+        if let Err(reason) = &one.outcome {
+            *reasons.entry(reason).or_default() += 1;
+        }
+        if one.outcome.is_ok() || !one.series.0.is_empty() {
+            series.entry(&one.series).or_default().push(one);
         }
     }
-    let manifest = predictor.manifest();
     let threshold = manifest
         .and_then(|manifest| manifest.logit_threshold())
         .unwrap_or(0.0);
@@ -159,6 +161,13 @@ pub fn table(judged: &[Judged], predictor: &Predictor) -> String {
             .iter()
             .map(|one| one.outcome.as_ref().ok().copied())
             .collect();
+        let (n_analysed, n_slices) = (logits.iter().flatten().count(), logits.len());
+        if n_analysed == 0 {
+            line(format!(
+                "study {study_uid}: none of {n_slices} slices analysed"
+            ));
+            continue;
+        }
         let n_positive = logits
             .iter()
             .flatten()
@@ -173,18 +182,16 @@ pub fn table(judged: &[Judged], predictor: &Predictor) -> String {
             .and_then(|manifest| manifest.study_rule)
             .and_then(|rule| {
                 let score = study::score(&rule, &logits)?;
-                Some(format!(
-                    "study score {score:.3}: {}",
-                    if score >= rule.logit_threshold {
-                        "POSITIVE"
-                    } else {
-                        "not detected"
-                    }
-                ))
+                Some(if score >= rule.logit_threshold {
+                    format!("study score {score:.3}: suspected")
+                } else {
+                    format!(
+                        "study score {score:.3}: not detected on {n_analysed} of {n_slices} slices"
+                    )
+                })
             });
         line(format!(
-            "study {study_uid}: {} slices analysed, {n_positive} positive, highest probability {:.3}; {}",
-            slices.len(),
+            "study {study_uid}: {n_analysed} of {n_slices} slices analysed, {n_positive} positive, highest probability {:.3}; {}",
             sigmoid(tempered(highest, temperature)),
             verdict.unwrap_or_else(|| "no study rule".into())
         ));
@@ -200,4 +207,36 @@ pub fn table(judged: &[Judged], predictor: &Predictor) -> String {
 #[expect(clippy::cast_possible_truncation, reason = "shown with three digits")]
 fn tempered(logit: f32, temperature: f64) -> f32 {
     (f64::from(logit) / temperature) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architecture::find;
+    use crate::export::new_manifest;
+
+    #[test]
+    fn not_detected_is_said_of_so_many_slices_of_so_many() {
+        let slice = |index: u32, outcome: std::result::Result<f32, &str>| Judged {
+            series: ("1.2".into(), "1.2.3".into()),
+            file: format!("{index}.dcm"),
+            z_mm: Some(f64::from(index)),
+            outcome: outcome.map_err(str::to_owned),
+        };
+        let judged = [
+            slice(0, Ok(-3.0)),
+            slice(1, Err("truncated")),
+            slice(2, Ok(-2.0)),
+        ];
+        let mut manifest = new_manifest(find("final").unwrap(), 0.125);
+        manifest.study_rule = Some(study::StudyRule {
+            smoothing_slices: 1,
+            top_slices: 1,
+            logit_threshold: 0.0,
+        });
+        let text = table(&judged, Some(&manifest));
+        assert!(text.contains("2 of 3 slices analysed"), "{text}");
+        assert!(text.contains("not detected on 2 of 3 slices"), "{text}");
+        assert!(text.contains("not analysed: 1 (truncated)"), "{text}");
+    }
 }

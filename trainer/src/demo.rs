@@ -94,10 +94,10 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     tell("6/6 classify with the int8 file");
     let study = held_out_study(args)?;
     let mut text = String::from("\nheld-out synthetic study (with embolus):\n");
-    text += &classify::table(&classify::folder(&mut int8, &study)?, &int8);
+    text += &classify::table(&classify::folder(&mut int8, &study)?, int8.manifest());
     if let Some(dicom) = &args.dicom {
         text += &format!("\n{}:\n", dicom.display());
-        text += &classify::table(&classify::folder(&mut int8, dicom)?, &int8);
+        text += &classify::table(&classify::folder(&mut int8, dicom)?, int8.manifest());
     }
     text += "\nheld-out studies, int8 file through the engine:\n";
     text += &evaluate::table(&evaluation);
