@@ -55,7 +55,7 @@ Examples:
   edge classify --model pe.onnx --tensors out/ study/
 
 Every file gets an answer or a reason. Exit code 0: something was analysed; 65: nothing was.
-Positive means: pulmonary embolism detected. Research use only, not a medical device.";
+Suspected: the answer reaches the model file's threshold. Research use only, not a medical device.";
 
 const BENCH_HELP: &str = "\
 Examples:

@@ -189,7 +189,7 @@ fn slice_row(
     match result.answer {
         Ok(answer) => {
             let word = match answer.is_positive {
-                Some(true) => "detected",
+                Some(true) => "suspected",
                 Some(false) => "not detected",
                 None => "no threshold",
             };
@@ -300,7 +300,7 @@ fn finding(verdict: &Verdict) -> String {
         ..
     } = verdict;
     match (verdict.is_positive, verdict.score) {
-        (Some(true), Some(score)) => format!("detected, score {score:+.4}"),
+        (Some(true), Some(score)) => format!("suspected, score {score:+.4}"),
         (Some(false), Some(score)) => {
             format!("not detected on {n_analysed} of {n_slices} slices, score {score:+.4}")
         }

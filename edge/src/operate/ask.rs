@@ -111,7 +111,7 @@ fn lines(status: &Status, out: &mut impl Write) -> std::io::Result<()> {
     )?;
     writeln!(
         out,
-        "studies    {}, {} detected",
+        "studies    {}, {} suspected",
         status.studies, status.positive_studies
     )?;
     writeln!(

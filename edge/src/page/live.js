@@ -117,7 +117,7 @@
     if (picture && drawn && drawn.src === picture.src) drawn.replaceWith(picture);
     if (focused) byId(focused)?.focus({ preventScroll: true });
     const after = +(byId("n-positive")?.dataset.count ?? 0);
-    if (after > before) byId("announce").textContent = `${after - before} new study with a detected embolism`;
+    if (after > before) byId("announce").textContent = `${after - before} new study with a suspected embolism`;
     localTimes();
   };
   const live = (isOn) => {

@@ -28,7 +28,7 @@ pub(crate) fn page(status: &Status) -> Markup {
             (card("Results out", &html! {
                 dt { "Waiting" } dd { (status.outbox_waiting) }
                 dt { "Given up" } dd.(good(status.dead_letters == 0)) { (status.dead_letters) }
-                dt { "Studies" } dd { (status.studies) ", " (status.positive_studies) " detected" }
+                dt { "Studies" } dd { (status.studies) ", " (status.positive_studies) " suspected" }
             }))
             (card("Storage", &html! {
                 dt { "Free" } dd { (bytes(status.disk_free_bytes)) " of " (bytes(status.disk_total_bytes)) (meter(status)) }

@@ -292,7 +292,7 @@ mod tests {
                 "OBR|1|A-17|1.2.826.0.1.3680043.10.1399.5|25045-6^CT unspecified body region^LN|||20261123101500|||||||||||||||20261123101700+0000||CT|F",
                 "OBX|1|CWE|59282003^Pulmonary embolism^SCT||260373001^Detected^SCT||||||F",
                 "OBX|2|NM|122157^Probability^DCM||97.07|%^Percent^UCUM|||||F",
-                "OBX|3|TX|121106^Comment^DCM||Detected; 5 of 6 slices analysed. 1 could not be analysed. Demonstration model, trained on synthetic data. Research use only, not a medical device.||||||F",
+                "OBX|3|TX|121106^Comment^DCM||Suspected; 5 of 6 slices analysed. 1 could not be analysed. Demonstration model, trained on synthetic data. Research use only, not a medical device.||||||F",
                 "",
             ]
         );

@@ -295,7 +295,7 @@ pub(crate) fn words(result: &StudyResult) -> String {
     let (analysed, all) = (result.n_analysed(), result.slices.len());
     let mut words = match &result.outcome {
         Outcome::Pending => "Nothing can be said yet.".to_owned(),
-        Outcome::Positive => format!("Detected; {analysed} of {all} slices analysed."),
+        Outcome::Positive => format!("Suspected; {analysed} of {all} slices analysed."),
         Outcome::NotDetected => format!("Not detected on {analysed} of {all} slices."),
         Outcome::NotAnalysed { message, .. } => {
             format!("Not analysed: {message} {analysed} of {all} slices analysed.")
