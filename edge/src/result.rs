@@ -213,12 +213,15 @@ impl StudyResult {
         }
     }
 
+    /// Whether its objects name different patients.
+    pub(crate) fn is_held(&self) -> bool {
+        matches!(&self.outcome, Outcome::NotAnalysed { code, .. } if code == IDENTITY_CONFLICT)
+    }
+
     /// Whether anything of it may leave the box: never while objects name different patients; with a model that was trained on the
     /// phantom only for phantoms, unless the configuration allows it.
     pub(crate) fn may_leave(&self, allow_demo_results: bool) -> bool {
-        let is_held =
-            matches!(&self.outcome, Outcome::NotAnalysed { code, .. } if code == IDENTITY_CONFLICT);
-        !is_held && (!self.model.is_demonstration || self.is_phantom || allow_demo_results)
+        !self.is_held() && (!self.model.is_demonstration || self.is_phantom || allow_demo_results)
     }
 
     /// Whether the answer is positive.

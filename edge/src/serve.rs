@@ -122,7 +122,7 @@ fn load(path: Option<&Path>) -> Result<Config, Failure> {
 async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let mut signals = Signals::new().map_err(failure(Exit::Unavailable))?;
     let spool = open_spool(&config)?;
-    let store = decide::node::open_store(&config)?;
+    let store = decide::node::open_store(&config, &spool)?;
     let outbox = send::node::open_outbox(&store)?;
     let address = SocketAddr::new(config.dicom_bind, config.dicom_port);
     let listener = Listener::bind(address)

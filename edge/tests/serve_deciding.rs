@@ -3,11 +3,12 @@
 
 mod node;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use node::{CT, Client, EXPLICIT, Node, PATIENCE};
@@ -45,18 +46,24 @@ fn send(address: SocketAddr, slices: &[(String, Vec<u8>)]) -> usize {
     stored.count()
 }
 
-/// The body of a GET of the page.
+/// The JSON of a GET of the page.
 fn get(node: &Node, path: &str) -> Value {
+    serde_json::from_slice(&fetch(node, path).1).unwrap_or(Value::Null)
+}
+
+/// Head and body of a GET of the page.
+fn fetch(node: &Node, path: &str) -> (String, Vec<u8>) {
     let line = node.wait_for_log("\"http_address\"");
     let address = line.split("\"http_address\":\"").nth(1).unwrap();
     let address = address.split('"').next().unwrap();
     let mut stream = node::connect(address.parse().unwrap());
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
-    serde_json::from_str(body).unwrap_or(Value::Null)
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let end = answer.windows(4).position(|part| part == b"\r\n\r\n");
+    let body = answer.split_off(end.unwrap() + 4);
+    (String::from_utf8(answer).unwrap(), body)
 }
 
 /// Waits until the study is complete and so many slices of it are known.
@@ -228,6 +235,116 @@ fn a_failed_self_test_degrades_and_slices_are_analysed_when_the_model_is_sound()
     };
     assert_eq!(logits(&result), classified(&slices));
     assert_ne!(result["outcome"]["kind"], "not_analysed");
+}
+
+/// Nine tenths of the time its worker stands still: what comes faster than it is analysed waits on the disk, and no sender is refused or held up.
+#[test]
+fn four_studies_at_line_rate_are_taken_while_analysis_is_ten_times_slower() {
+    const N_STUDIES: u32 = 4;
+    let studies: Vec<_> = (20..20 + N_STUDIES).map(study).collect();
+    let n_slices = studies.len() * N_SLICES as usize;
+    let node = Node::start("quiet_time_s = 1\n");
+    // The worker is there from the first object on.
+    let (_, first) = study(30);
+    assert_eq!(send(node.dicom, &first[..1]), 1);
+    let start = Instant::now();
+    while get(&node, "/api/status")["analysed"] != 1 {
+        assert!(start.elapsed() < PATIENCE, "{:#?}", node.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let [worker] = workers(&node)[..] else {
+        panic!("not one worker: {:?}", workers(&node))
+    };
+    let waiting = std::thread::scope(|scope| {
+        let is_slow = Arc::new(AtomicBool::new(true));
+        let slow = Arc::clone(&is_slow);
+        scope.spawn(move || slow_down(worker, &slow));
+        let senders: Vec<_> = studies
+            .iter()
+            .map(|(_, slices)| scope.spawn(|| send(node.dicom, slices)))
+            .collect();
+        let sent = senders.into_iter().map(|sender| sender.join().unwrap());
+        let n_sent: usize = sent.sum();
+        let status = get(&node, "/api/status");
+        is_slow.store(false, Ordering::Relaxed);
+        assert_eq!(n_sent, n_slices, "each was answered with success");
+        status["waiting"].as_u64().unwrap()
+    });
+    assert!(waiting > n_slices as u64 / 2, "{waiting} waited");
+    for (study_uid, slices) in &studies {
+        let result = complete(&node, study_uid, slices.len());
+        assert_eq!(result["analysed"], slices.len());
+    }
+}
+
+/// Stops a process for nine of ten milliseconds, as long as `is_slow`.
+fn slow_down(process: u32, is_slow: &AtomicBool) {
+    use rustix::process::Signal;
+    let process = rustix::process::Pid::from_raw(process.cast_signed()).unwrap();
+    let signal = |signal| rustix::process::kill_process(process, signal).unwrap();
+    while is_slow.load(Ordering::Relaxed) {
+        signal(Signal::STOP);
+        std::thread::sleep(Duration::from_millis(9));
+        signal(Signal::CONT);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A results database that is lost or broken is made anew at the start; what is stored is decided again, with the same answers.
+#[test]
+fn lost_results_are_made_anew_from_what_is_stored() {
+    let (study_uid, slices) = study(3);
+    let node = Node::start("quiet_time_s = 0.5\n");
+    assert_eq!(send(node.dicom, &slices), slices.len());
+    let before = complete(&node, &study_uid, slices.len());
+    let (_, mut folder) = node.stop();
+    for (damage, why) in [(&b"broken"[..], "broken"), (b"", "missing")] {
+        let path = folder.path().join("state/results.redb");
+        if damage.is_empty() {
+            std::fs::remove_file(&path).unwrap();
+        } else {
+            std::fs::write(&path, damage).unwrap();
+        }
+        let node = Node::start_in(folder, "quiet_time_s = 0.5\n");
+        node.wait_for_log(&format!("results.redb is {why}"));
+        let after = complete(&node, &study_uid, slices.len());
+        assert_eq!(logits(&after), logits(&before));
+        assert_eq!(after["outcome"], before["outcome"]);
+        assert_eq!(get(&node, "/api/status")["state"], "ready");
+        (_, folder) = node.stop();
+        let audit = std::fs::read_to_string(folder.path().join("state/audit/audit.jsonl")).unwrap();
+        let line = format!("\"event\":\"results_lost\",\"why\":\"{why}\"");
+        assert!(audit.contains(&line), "{audit}");
+    }
+    let aside = folder.path().join("state/results.redb.broken");
+    assert_eq!(std::fs::read(aside).unwrap(), b"broken");
+}
+
+/// The page draws each frame of an object of many by itself, and says why where it cannot.
+#[test]
+fn frames_of_an_enhanced_ct_are_drawn_each_by_itself() {
+    let plan = StudyPlan::new(11, 5, 24, SIDE);
+    let file = multi_frame_file(&plan, 24, EXPLICIT).unwrap();
+    let node = Node::start("quiet_time_s = 0.5\n");
+    let mut client = Client::open(node.dicom, &[(ENHANCED, &[EXPLICIT])]).unwrap();
+    let instance = plan.uid(UidRole::MultiFrame);
+    let status = client.store(1, ENHANCED, &instance, data_set(&file));
+    assert_eq!(status.unwrap(), 0);
+    let study_uid = plan.uid(UidRole::Study);
+    complete(&node, &study_uid, 24);
+    let mut pictures = BTreeSet::new();
+    for index in [0, 7, 23] {
+        for heatmap in [0, 1] {
+            let path = format!("/studies/{study_uid}/slices/{index}.png?heatmap={heatmap}");
+            let (head, body) = fetch(&node, &path);
+            assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+            assert!(body.starts_with(b"\x89PNG"));
+            pictures.insert(body);
+        }
+    }
+    assert_eq!(pictures.len(), 6, "no two are the same");
+    let (head, _) = fetch(&node, &format!("/studies/{study_uid}/slices/24.png"));
+    assert!(head.starts_with("HTTP/1.1 404"), "{head}");
 }
 
 /// VmHWM of a process in KiB.

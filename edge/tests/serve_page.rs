@@ -270,6 +270,12 @@ fn a_model_that_breaks_after_its_installation_gives_way_at_the_next_start() {
     let (_, folder) = node.stop();
     let audit = std::fs::read_to_string(folder.path().join("state/audit/audit.jsonl")).unwrap();
     assert!(audit.contains("rolled_back_by_itself"), "{audit}");
+    let installed = format!("\"change\":\"installed\",\"digest\":\"{digest}\"");
+    assert!(audit.contains(&installed), "{audit}");
+    // The broken model is not what a rollback brings back.
+    let list = edge(&["model", "list", "--json", "--config", config]);
+    let said: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
+    assert_eq!(said["previous"], serde_json::Value::Null, "{said}");
 }
 
 #[test]

@@ -7,7 +7,8 @@
 //! - Answers are written in batches: at once where nothing else waits, otherwise every [`BATCH_TIME`] or [`BATCH_SLICES`].
 //! - A study is complete when its quiet time has passed since its last object arrived, by the monotonic clock, and everything that had
 //!   arrived by then is decided. A positive one is said at once, provisionally; everything else only then.
-//! - While the store fails nothing is dropped: the thread waits and tries again, and the spool fills until intake refuses.
+//! - While the store fails nothing is dropped: the thread waits and tries again, and the spool fills until intake refuses. Where the
+//!   store is broken, the service's watchdog starts the node anew, which makes the store anew.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,11 +21,12 @@ use super::again::Again;
 use super::arrivals::Arrivals;
 use super::counters::Counters;
 use super::handoff::Handoff;
-use super::open_study::{OpenStudy, Settled};
+use super::open_study::{OpenStudy, Settled, Stage};
 use super::store::{Batch, Enqueue, SliceKey, SliceRow, Store, StoreError};
 use super::studies::Judge;
 use super::{Changed, Item, Part};
 use crate::result::Element;
+use crate::supervisor::Tensor;
 use crate::wire::{ObjectFacts, Reason};
 
 /// Slices of a batch.
@@ -39,8 +41,6 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const STORE_PATIENCE: Duration = Duration::from_secs(2);
 /// Slices kept in memory over all open studies; beyond it, studies are read again when something comes.
 const MAX_ROWS_IN_MEMORY: usize = 8_192;
-/// Most slices of one study; later ones are refused.
-const MAX_SLICES_OF_STUDY: usize = 20_000;
 /// Hexadecimal digits of a digest of elements.
 const DIGEST_DIGITS: usize = 32;
 
@@ -89,6 +89,8 @@ pub(crate) struct Decider {
     batch_began: Option<Instant>,
     /// Up to here everything is written.
     cursor: u64,
+    /// A study of which nothing has come since is decided again, see [`Stage::Rebuilt`].
+    rebuild_until: u64,
     /// Decided for good with the batch.
     finished: Vec<u64>,
     /// Whether a slice of the object at hand waits for a sound model.
@@ -115,6 +117,7 @@ impl Decider {
         parts.counters.reached(cursor, studies.len());
         Ok(Self {
             cursor,
+            rebuild_until: parts.store.rebuild_until()?,
             parts,
             studies,
             batch: Batch::default(),
@@ -149,6 +152,9 @@ impl Decider {
     fn until_it_works(&mut self, mut work: impl FnMut(&mut Self) -> Result<(), StoreError>) {
         while let Err(error) = work(self) {
             self.parts.counters.store_failed();
+            if error.is_broken() {
+                self.parts.store.suspect();
+            }
             let error: &dyn std::error::Error = &error;
             tracing::error!(error, "the results database fails; trying again");
             std::thread::sleep(STORE_PATIENCE);
@@ -203,31 +209,21 @@ impl Decider {
             Part::Refused(reason) => (0, Err(reason)),
             Part::Slice(frame_index, slice) => {
                 self.batch.partial = Some((item.sequence, frame_index + 1));
-                let frame = if item.object.is_multi_frame {
-                    frame_index + 1
-                } else {
-                    0
-                };
-                (frame, slice)
+                let is_frame = item.object.is_multi_frame;
+                (if is_frame { frame_index + 1 } else { 0 }, slice)
             }
         };
-        let arrival = self.parts.arrivals.moment(item.sequence, Instant::now());
-        let sop_uid = item.object.sop_uid.clone().or(item.sop_uid);
-        let study_uid = item.object.study_uid.as_ref();
-        let (Some(study_uid), Some(sop_uid)) = (study_uid, sop_uid) else {
-            if item.is_again {
-                // The spool has it no more; what is known of it stays.
-                return;
+        let object = item.object;
+        let sop_uid = object.sop_uid.clone().or(item.sop_uid);
+        let (Some(study_uid), Some(sop_uid)) = (object.study_uid.clone(), sop_uid) else {
+            // Of what is repeated the spool has nothing more to say; what is known of it stays.
+            if !item.is_again {
+                self.take_unassigned(item.sequence, slice.err());
             }
-            let reason = slice.err().unwrap_or_else(|| {
-                Reason::new("no-uid", "the object has no Study or no SOP Instance UID")
-            });
-            self.parts.counters.unassigned();
-            self.parts.judge.remember_unassigned(item.sequence);
-            self.batch.unassigned.push((item.sequence, reason));
             return;
         };
-        let Some(study) = self.studies.get_mut(study_uid) else {
+        let arrival = self.parts.arrivals.moment(item.sequence, Instant::now());
+        let Some(study) = self.studies.get_mut(&study_uid) else {
             return;
         };
         study.last_arrival = study.last_arrival.max(arrival);
@@ -235,9 +231,9 @@ impl Decider {
         let mut row = SliceRow {
             sequence: item.sequence,
             received_ms: item.received_ms,
-            series_uid: item.object.series_uid.clone(),
-            sop_class_uid: sop_class(&item.object, item.sop_class_uid),
-            elements: elements_digest(&item.object.elements),
+            series_uid: object.series_uid.clone(),
+            sop_class_uid: sop_class(&object, item.sop_class_uid),
+            elements: elements_digest(&object.elements),
             facts: None,
             logit: None,
             model: None,
@@ -246,52 +242,67 @@ impl Decider {
             is_replaced: false,
             is_spoilt: false,
         };
-        let slice = match slice {
-            Ok(_) if study.n_rows() >= MAX_SLICES_OF_STUDY => {
-                let text = format!("the study has {MAX_SLICES_OF_STUDY} slices, its most");
-                Err(Reason::new("too-many-slices", text))
-            }
-            slice => slice,
-        };
-        match slice {
+        match slice.and_then(|tensor| study.has_room().map(|()| tensor)) {
             Err(reason) => row.reason = Some(reason),
-            Ok(tensor) => {
-                let model = &self.parts.judge.model.digest;
-                let known = study.known_logit(&key, &tensor.facts.pixel_digest, model);
-                if known.is_some() {
-                    self.parts.counters.recognised();
-                }
-                let answer = known.map_or_else(
-                    || {
-                        let start = Instant::now();
-                        let answer = self.parts.network.logit(&tensor.bytes);
-                        let seconds = start.elapsed().as_secs_f64();
-                        self.parts.counters.inference_seconds.observe(seconds);
-                        answer
-                    },
-                    Ok,
-                );
-                row.facts = Some(tensor.facts);
-                match answer {
-                    Ok(logit) => (row.logit, row.model) = (Some(logit), Some(model.clone())),
-                    Err(reason) => {
-                        self.is_again |= matches!(self.parts.network, Network::Absent(_));
-                        row.reason = Some(reason);
-                    }
-                }
-            }
+            Ok(tensor) => self.answer(&study_uid, &key, *tensor, &mut row),
         }
         self.parts.counters.slice(row.logit.is_some());
+        self.keep(study_uid, key, row, &object.elements);
+    }
+
+    /// An object that names no study.
+    fn take_unassigned(&mut self, sequence: u64, reason: Option<Reason>) {
+        let reason = reason.unwrap_or_else(|| {
+            Reason::new("no-uid", "the object has no Study or no SOP Instance UID")
+        });
+        self.parts.counters.unassigned();
+        self.parts.judge.remember_unassigned(sequence);
+        self.batch.unassigned.push((sequence, reason));
+    }
+
+    /// Puts the answer for a slice into its row: the one that is known for the same pixels, else the network's.
+    fn answer(&mut self, study_uid: &Uid, key: &SliceKey, tensor: Tensor, row: &mut SliceRow) {
+        let model = &self.parts.judge.model.digest;
+        let study = self.studies.get(study_uid);
+        let known =
+            study.and_then(|study| study.known_logit(key, &tensor.facts.pixel_digest, model));
+        let answer = match known {
+            Some(logit) => {
+                self.parts.counters.recognised();
+                Ok(logit)
+            }
+            None => {
+                let start = Instant::now();
+                let answer = self.parts.network.logit(&tensor.bytes);
+                let seconds = start.elapsed().as_secs_f64();
+                self.parts.counters.inference_seconds.observe(seconds);
+                answer
+            }
+        };
+        row.facts = Some(tensor.facts);
+        match answer {
+            Ok(logit) => (row.logit, row.model) = (Some(logit), Some(model.clone())),
+            Err(reason) => {
+                self.is_again |= matches!(self.parts.network, Network::Absent(_));
+                row.reason = Some(reason);
+            }
+        }
+    }
+
+    /// Keeps a row in its study and in the batch, and the elements that it names.
+    fn keep(&mut self, study_uid: Uid, key: SliceKey, row: SliceRow, elements: &[Element]) {
+        let Some(study) = self.studies.get_mut(&study_uid) else {
+            return;
+        };
         if let Some((_, sets)) = &mut study.known
             && !sets.contains_key(&row.elements)
         {
-            let set = &item.object.elements;
-            sets.insert(row.elements.clone(), set.clone());
-            let entry = (study_uid.clone(), row.elements.clone(), set.clone());
+            sets.insert(row.elements.clone(), elements.to_vec());
+            let entry = (study_uid.clone(), row.elements.clone(), elements.to_vec());
             self.batch.elements.push(entry);
         }
         let row = study.take(key.clone(), row);
-        self.batch.rows.push((study_uid.clone(), key, row));
+        self.batch.rows.push((study_uid, key, row));
     }
 
     fn end_object(&mut self, sequence: u64, is_repeated: bool) {
@@ -326,8 +337,13 @@ impl Decider {
             if study.known.is_none() {
                 study.known = Some(self.parts.store.slices(study_uid)?);
             }
+            let stage = match is_complete {
+                true => Stage::Complete,
+                false if study.latest_sequence() <= self.rebuild_until => Stage::Rebuilt,
+                false => Stage::Growing,
+            };
             let now_ms = (self.parts.now_ms)();
-            let found = study.settle(&self.parts.judge, study_uid, is_complete, now_ms);
+            let found = study.settle(&self.parts.judge, study_uid, stage, now_ms);
             if is_complete {
                 ended.push(study_uid.clone());
             }

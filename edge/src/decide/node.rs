@@ -8,30 +8,47 @@ use anyhow::{Context as _, anyhow};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 
-use super::store::{Enqueue, Store, StoreError};
+use super::store::{Enqueue, Origin, Present, Store, StoreError};
+use super::studies::deleted_beside;
 use super::{Deciding, Given, Sound};
 use crate::cli::ModelArgs;
 use crate::config::Config;
 use crate::exit::{Exit, Failure, failure};
+use crate::intake::spool::Spool;
 use crate::operate;
 use crate::operate::model_store::ModelStore;
 use crate::send::outbox::{self, Channels};
 use crate::serve::NodeState;
 use crate::wire::Reason;
 
-/// Opens the results database.
+/// Opens the results database; one that is missing or broken is made anew from what the spool holds.
 ///
 /// # Errors
-/// `Configuration` for one of a later version: no restart helps; `CannotWrite` where it is broken or the medium fails.
-pub(crate) fn open_store(config: &Config) -> Result<Arc<Store>, Failure> {
+/// `Configuration` for one of a later version: no restart helps; `CannotWrite` where the medium fails.
+pub(crate) fn open_store(config: &Config, spool: &Spool) -> Result<Arc<Store>, Failure> {
     let path = config.state_dir.join("results.redb");
-    Store::open(&path).map_err(|error| {
+    let present = Present {
+        latest: *spool.latest().borrow(),
+        deleted: deleted_beside(spool.sequences_after(0)),
+    };
+    let store = Store::open(&path, &present).map_err(|error| {
         let exit = match error {
             StoreError::Newer { .. } => Exit::Configuration,
             _ => Exit::CannotWrite,
         };
         failure(exit)(anyhow!(error).context(path.display().to_string()))
-    })
+    })?;
+    match store.origin() {
+        Origin::Found => {}
+        Origin::Missing => {
+            tracing::error!("results.redb is missing: every stored study is decided and sent again")
+        }
+        Origin::Broken(fault) => tracing::error!(
+            fault,
+            "results.redb is broken and was set aside as results.redb.broken: every stored study is decided and sent again"
+        ),
+    }
+    Ok(store)
 }
 
 /// Loads the model, which may take seconds, and starts to decide. Objects are taken in meanwhile.

@@ -11,9 +11,25 @@ use shared::uid::Uid;
 use super::store::{ElementSets, Rows, SliceKey, SliceRow, Statement, Store, StoreError};
 use super::studies::Judge;
 use crate::result::{Outcome, State, StudyResult};
+use crate::wire::Reason;
 
+/// Remark of a study that is held after something was said of it: a correction would have to name one of the patients.
+const SAID_BEFORE: &str = "a result was sent before the contradiction appeared; it is not corrected by this node while the study is held";
+/// Most slices of one study; later ones are refused.
+const MAX_SLICES: usize = 20_000;
 /// Hexadecimal digits of a fingerprint.
 const FINGERPRINT_DIGITS: usize = 32;
+
+/// How far a study is when it is settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Everything is there: whatever follows is said.
+    Complete,
+    /// More may come: only a positive is said.
+    Growing,
+    /// It is decided again after its results were lost: nothing is said on the way, only when it is complete.
+    Rebuilt,
+}
 
 /// The study.
 #[derive(Debug)]
@@ -65,6 +81,21 @@ impl OpenStudy {
         self.known.as_ref().map_or(0, |(rows, _)| rows.len())
     }
 
+    /// The last sequence of the slices in memory.
+    pub(super) fn latest_sequence(&self) -> u64 {
+        let rows = self.known.iter().flat_map(|(rows, _)| rows.values());
+        rows.map(|row| row.sequence).max().unwrap_or_default()
+    }
+
+    /// Whether one more slice is kept.
+    pub(super) fn has_room(&self) -> Result<(), Reason> {
+        if self.n_rows() < MAX_SLICES {
+            return Ok(());
+        }
+        let text = format!("the study has {MAX_SLICES} slices, its most");
+        Err(Reason::new("too-many-slices", text))
+    }
+
     /// The logit of the same pixels from the same model, where the slice has come before.
     pub(super) fn known_logit(
         &self,
@@ -109,13 +140,17 @@ impl OpenStudy {
         &mut self,
         judge: &Judge,
         study_uid: &Uid,
-        is_complete: bool,
+        stage: Stage,
         now_ms: i64,
     ) -> Option<Settled> {
         let (rows, elements) = self.known.as_ref()?;
+        let is_complete = stage == Stage::Complete;
         let mut result = judge.result(study_uid, rows, elements, is_complete)?;
-        if !is_complete && !is_enough(judge, &result) {
+        if stage == Stage::Rebuilt || !(is_complete || is_enough(judge, &result)) {
             result.outcome = Outcome::Pending;
+        }
+        if result.is_held() && self.statement.is_some() {
+            result.remarks.push(SAID_BEFORE.to_owned());
         }
         let statement = self.statement(&result, is_complete, now_ms);
         let last = statement.as_ref().or(self.statement.as_ref());

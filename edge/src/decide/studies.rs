@@ -7,7 +7,7 @@
 //! - Nothing is decided against a positive: a gap or refused slices are remarked and counted, the answer stays.
 //! - "Not detected" needs a complete study and a judged series without a gap. Everything else is "not analysed" with a reason.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use shared::study::StudyRule;
 use shared::uid::Uid;
@@ -41,10 +41,26 @@ pub(crate) struct Judge {
     pub(crate) unassigned: Vec<u64>,
 }
 
-/// Objects without a study are remarked on studies whose objects came at most so many before.
+/// Objects without a study are remarked on studies whose objects came at most so many before or after.
 const UNASSIGNED_REACH: u64 = 64;
 /// Objects without a study that are remembered.
 const MAX_UNASSIGNED: usize = 4_096;
+
+/// Of the sequences that are not among `kept`, which rise, those that studies still kept may miss: at most [`MAX_UNASSIGNED`], the newest.
+pub(crate) fn deleted_beside(kept: impl Iterator<Item = u64>) -> Vec<u64> {
+    let mut deleted = VecDeque::new();
+    let mut next = 1;
+    for sequence in kept {
+        let reach = UNASSIGNED_REACH.min(sequence - next);
+        let (after, before) = (next..next + reach, sequence - reach..sequence);
+        deleted.extend(after.chain(before.skip_while(|deleted| *deleted < next + reach)));
+        while deleted.len() > MAX_UNASSIGNED {
+            deleted.pop_front();
+        }
+        next = sequence + 1;
+    }
+    deleted.into()
+}
 
 /// Whether objects of the class are images for analysis.
 pub(crate) fn is_image(sop_class_uid: &str) -> bool {
@@ -281,7 +297,7 @@ impl Judge {
         let sequences = || rows.values().map(|row| row.sequence);
         let first = sequences().min().unwrap_or_default();
         let last = sequences().max().unwrap_or_default();
-        let among = first..=last.saturating_add(UNASSIGNED_REACH);
+        let among = first.saturating_sub(UNASSIGNED_REACH)..=last.saturating_add(UNASSIGNED_REACH);
         let unassigned = self.unassigned.iter();
         unassigned
             .filter(|sequence| among.contains(sequence))
@@ -293,7 +309,7 @@ impl Judge {
         let n_unassigned = self.n_unassigned(rows);
         if n_unassigned > 0 {
             remarks.push(format!(
-                "{n_unassigned} objects came among those of this study that cannot be read and name no study: they may be missing here"
+                "{n_unassigned} objects came among those of this study that are deleted, or cannot be read and name no study: they may be missing here"
             ));
         }
         remarks

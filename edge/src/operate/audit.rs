@@ -90,16 +90,21 @@ pub(crate) enum Event<'a> {
         /// `delivered` or `dead`.
         how: &'a str,
     },
+    /// The results database was made anew, and what is stored is decided again.
+    ResultsLost {
+        /// `missing` or `broken`.
+        why: &'a str,
+    },
     /// A study's results were deleted by age.
     Deleted {
         /// The study.
         study_uid: &'a Uid,
     },
-    /// The node took a model back. What an operator installs is in force at the next `Started`.
+    /// Another model is in force, at the latest from the next `Started` on.
     Model {
-        /// `rolled_back_by_itself`.
+        /// `installed` or `rolled_back` by an operator, `rolled_back_by_itself` by the node.
         change: &'a str,
-        /// BLAKE3 of the file now in force.
+        /// BLAKE3 of its file, hexadecimal; empty for the demonstration model.
         digest: &'a str,
     },
 }

@@ -1,6 +1,6 @@
 //! Operating the daemon: what it counts and what it says of itself.
 //!
-//! [`metrics`] are the counters that every stage increments, scraped at `/metrics`; [`status`] is `/api/status` and `edge status`; [`audit`] and [`log`] write
+//! [`metrics`] are the counters that every stage increments, [`exposition`] their text at `/metrics`; [`status`] is `/api/status` and `edge status`; [`audit`] and [`log`] write
 //! what happened; [`systemd`] tells the service manager; [`model_store`] keeps the models. An operator's commands ([`command`]) are [`ask`] (`edge status`), [`doctor`],
 //! [`ping`], [`demo`], [`model_command`] and [`generate`]; [`board`] is what the machine says of itself; [`watch`] follows
 //! the running node for the audit log, [`visitors`] its peers. Nothing here holds patient data.
@@ -11,6 +11,7 @@ pub(crate) mod board;
 pub(crate) mod command;
 pub(crate) mod demo;
 pub(crate) mod doctor;
+pub(crate) mod exposition;
 pub(crate) mod generate;
 pub(crate) mod log;
 pub(crate) mod metrics;

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use serde::Serialize;
 
+use super::audit::{Audit, Event};
 use super::command::{InstallArgs, ModelCommand, StatusArgs};
-use super::model_store::{Entry, ModelStore, Trust};
+use super::model_store::{Entry, ModelStore, Trust, give_to_owner};
 use crate::config::Config;
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::unix_ms;
@@ -32,7 +33,8 @@ pub(crate) fn run(command: &ModelCommand, out: &mut impl Write) -> Result<Exit, 
         }
         ModelCommand::Rollback(arguments) => {
             let (store, config) = store(arguments.config.config.as_deref())?;
-            store.rollback()?;
+            let state = store.rollback()?;
+            record(&config, "rolled_back", state.current.as_ref())?;
             say(&store, &config, arguments, "restart the node to use", out)
         }
     }
@@ -49,7 +51,8 @@ fn install(arguments: &InstallArgs, out: &mut impl Write) -> Result<Exit, Failur
         Some(key) => Trust::Key(key.clone()),
         None => Trust::Unsigned,
     };
-    store.install(&arguments.file, &trust, unix_ms(), probe)?;
+    let entry = store.install(&arguments.file, &trust, unix_ms(), probe)?;
+    record(&config, "installed", Some(&entry))?;
     let list = StatusArgs {
         config: crate::cli::ServeArgs {
             config: arguments.config.config.clone(),
@@ -57,6 +60,21 @@ fn install(arguments: &InstallArgs, out: &mut impl Write) -> Result<Exit, Failur
         output: arguments.output,
     };
     say(&store, &config, &list, "restart the node to use", out)
+}
+
+/// One line in the node's audit log, whether the node runs or not. Only the node closes files that have become too large.
+fn record(config: &Config, change: &str, entry: Option<&Entry>) -> Result<(), Failure> {
+    let folder = config.state_dir.join("audit");
+    let digest = entry.map_or("", |entry| entry.digest.as_str());
+    let recorded = Audit::open(&folder, u64::MAX).and_then(|audit| {
+        // Run by root, it must not shut the node out of its own log.
+        give_to_owner(&folder)?;
+        give_to_owner(&folder.join("audit.jsonl"))?;
+        audit.record(&Event::Model { change, digest }, jiff::Timestamp::now())
+    });
+    recorded
+        .context("it is done, but the audit log cannot be written")
+        .map_err(failure(Exit::CannotWrite))
 }
 
 /// Loads a model and runs it once in a process of its own, so that one that crashes the engine crashes nothing else. Its name.

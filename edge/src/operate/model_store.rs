@@ -165,7 +165,8 @@ impl ModelStore {
         Ok(state)
     }
 
-    /// At start: loads the model in force, or the one before where this one is at fault.
+    /// At start: loads the model in force, or the one before where this one is at fault. The one at fault is forgotten, so that no rollback
+    /// brings it back.
     ///
     /// # Errors
     /// What `load` says of the model before, or of the one in force where there is no other.
@@ -195,7 +196,12 @@ impl ModelStore {
                 rolled_back: None,
             }),
             Err(fault) if state.current.is_some() => {
-                let back = self.rollback()?;
+                let back = State {
+                    current: state.previous,
+                    ..State::default()
+                };
+                let _lock = self.lock()?;
+                self.replace_state(&back)?;
                 Ok(Chosen {
                     loaded: load(self.path(back.current.as_ref()).as_deref())?,
                     rolled_back: Some(fault.to_string()),
@@ -308,7 +314,7 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
 }
 
 /// What root makes belongs to whom the folder above belongs to, so that the daemon can replace it.
-fn give_to_owner(path: &Path) -> io::Result<()> {
+pub(crate) fn give_to_owner(path: &Path) -> io::Result<()> {
     let Some(above) = path.parent().map(fs::metadata).transpose()? else {
         return Ok(());
     };
@@ -404,6 +410,13 @@ wLMDjy9FLAuxZ3q4NlEvkgtyhrr0gtTu6KC4KBJdITbbOeAi1zBIYo0v4iTgt8jJpIidRJnp94ABQkJA
             "self-test"
         );
         assert_eq!(current(&store), "one");
+        // Nothing brings the faulty one back: what a rollback reaches now is the demonstration model.
+        let broken = store
+            .folder
+            .join(format!("{}.onnx", blake3::hash(b"two").to_hex()));
+        assert!(!broken.exists());
+        store.rollback().unwrap();
+        assert_eq!(current(&store), "");
     }
 
     #[test]
@@ -416,10 +429,10 @@ wLMDjy9FLAuxZ3q4NlEvkgtyhrr0gtTu6KC4KBJdITbbOeAi1zBIYo0v4iTgt8jJpIidRJnp94ABQkJA
             assert_eq!(current(&store), "two");
         }
         assert_eq!(current(&store), "one");
-        store.rollback().unwrap();
+        install(&store, b"three");
         store.confirm().unwrap();
         for _ in 0..5 {
-            assert_eq!(current(&store), "two", "confirmed");
+            assert_eq!(current(&store), "three", "confirmed");
         }
     }
 

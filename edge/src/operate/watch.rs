@@ -14,6 +14,8 @@ use tokio::task::JoinHandle;
 use super::audit::{Audit, Event, MAX_FILE_BYTES};
 use super::metrics::{Decided, DecidedOutcome};
 use crate::config::Config;
+use crate::decide::Changed;
+use crate::decide::store::Origin;
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::{retention, unix_ms};
 use crate::result::{Outcome, State, StudyResult};
@@ -48,8 +50,16 @@ pub(crate) fn note(node: &NodeState, event: &Event<'_>) {
     }
 }
 
-/// Notes that the node works, with the model that it has.
+/// Notes that the node works, with the model that it has, and where results were lost before.
 pub(crate) fn started(node: &NodeState) {
+    let why = match node.store.origin() {
+        Origin::Found => None,
+        Origin::Missing => Some("missing"),
+        Origin::Broken(_) => Some("broken"),
+    };
+    if let Some(why) = why {
+        note(node, &Event::ResultsLost { why });
+    }
     let model = node.model.borrow().clone();
     note(
         node,
@@ -130,17 +140,29 @@ async fn forget(node: &Arc<NodeState>) {
     };
     let first_kept = node.spool.sequences_after(0).next().unwrap_or(0);
     let store = Arc::clone(&node.store);
-    let forgotten =
-        tokio::task::spawn_blocking(move || store.forget(oldest_ms, first_kept.saturating_sub(1)));
+    let forgotten = tokio::task::spawn_blocking(move || {
+        if let Err(error) = store.forget_aside(oldest_ms) {
+            tracing::error!(%error, "the broken results database cannot be deleted");
+        }
+        store.forget(oldest_ms, first_kept.saturating_sub(1))
+    });
     match forgotten.await {
         Ok(Ok(studies)) if studies.is_empty() => {}
         Ok(Ok(studies)) => {
             tracing::info!(n_studies = studies.len(), "studies deleted by age");
-            for study_uid in &studies {
-                note(node, &Event::Deleted { study_uid });
+            for study_uid in studies {
+                note(
+                    node,
+                    &Event::Deleted {
+                        study_uid: &study_uid,
+                    },
+                );
+                // An error means that nobody watches.
+                drop(node.changed.send(Changed {
+                    study_uid,
+                    is_said: false,
+                }));
             }
-            // An error means that nobody watches.
-            drop(node.page_changed.send(()));
         }
         Ok(Err(error)) => tracing::error!(%error, "old studies cannot be deleted"),
         Err(error) => tracing::error!(%error, "old studies cannot be deleted"),

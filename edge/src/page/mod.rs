@@ -1,7 +1,7 @@
 //! The page: results for people, from the daemon itself, without a script, a font or a picture from elsewhere.
 //!
 //! In: what the [`Sources`] give. Out: HTML, JSON, pictures and text over HTTP. [`routes`] is the table of addresses; [`access`] decides who is
-//! let in and sets the headers; [`layout`] is the frame of every page; [`worklist`], [`study_view`] and [`system_view`] are the pages; [`strip`] and
+//! let in and sets the headers; [`layout`] is the frame of every page; [`worklist`], [`study_view`] and [`system_view`] are the pages; [`listing`] keeps the worklist's rows; [`strip`] and
 //! [`picture`] draw; [`words`] and [`person`] say; [`live`] tells browsers that something changed. The page decodes nothing that a peer
 //! sent: slices come as tensors from the worker process. Names of patients are escaped by the template engine, and nowhere logged.
 
@@ -9,6 +9,7 @@ pub(crate) mod access;
 #[cfg(test)]
 pub(crate) mod example;
 pub(crate) mod layout;
+pub(crate) mod listing;
 pub(crate) mod live;
 pub(crate) mod node;
 pub(crate) mod person;
@@ -30,7 +31,9 @@ use engine::Contributions;
 use shared::uid::Uid;
 use tokio::sync::broadcast;
 
-use crate::operate::metrics::{Counts, Metrics, TextForm};
+use crate::decide::Changed;
+use crate::operate::exposition::TextForm;
+use crate::operate::metrics::{Counts, Metrics};
 use crate::operate::status::Status;
 use crate::result::{SliceResult, StudyResult};
 
@@ -46,7 +49,7 @@ pub(crate) type Picture = dyn Fn(&SliceResult, bool) -> Result<Shown, NotShown> 
 
 /// Where the page gets what it shows. The functions may block; routes call them off the event loop.
 pub(crate) struct Sources {
-    /// Shows all studies, one at a time: a study has hundreds of slices, and the worklist needs few words of each.
+    /// Shows all studies, one at a time: a study has hundreds of slices.
     pub(crate) studies: Box<EachStudy>,
     /// One study.
     pub(crate) study: Box<OneStudy>,
@@ -60,6 +63,8 @@ pub(crate) struct Sources {
     pub(crate) metrics: Metrics,
     /// Something changed.
     pub(crate) changed: broadcast::Sender<()>,
+    /// A study changed.
+    pub(crate) study_changed: broadcast::Sender<Changed>,
 }
 
 /// How the page is shown.

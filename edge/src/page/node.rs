@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::{Settings, Sources};
 use crate::config::Config;
-use crate::decide::store::StoreError;
+use crate::decide::store::{Origin, StoreError};
 use crate::intake::unix_ms;
 use crate::operate::board;
 use crate::operate::metrics::Counts;
@@ -30,6 +30,7 @@ pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
         counts: Box::new(move || counts(&for_counts)),
         metrics: node.metrics.clone(),
         changed: node.page_changed.clone(),
+        study_changed: node.changed.clone(),
     }
 }
 
@@ -98,6 +99,7 @@ fn counts(node: &NodeState) -> Counts {
         recognised: decided.n_recognised,
         workers_replaced: decided.n_workers_replaced,
         store_failures: decided.n_store_failures,
+        results_lost: u64::from(*node.store.origin() != Origin::Found),
     }
 }
 
@@ -110,6 +112,7 @@ fn status(node: &NodeState) -> Status {
     let letters = send::node::counts(&node.outbox);
     let (studies, positive_studies) = read(node.store.count_studies());
     let cursor = node.counters.counts().cursor;
+    let rebuild_until = read(node.store.rebuild_until());
     let mut status = Status {
         version: env!("CARGO_PKG_VERSION").into(),
         ae_title: config.ae_title.clone(),
@@ -140,6 +143,12 @@ fn status(node: &NodeState) -> Status {
         uptime_s: node.started.elapsed().as_secs(),
         ..Status::default()
     };
+    if cursor < rebuild_until {
+        status.problems.push(format!(
+            "The results database was lost: stored studies are decided again, {} objects to go.",
+            rebuild_until - cursor
+        ));
+    }
     if let Err(error) = room {
         status
             .problems

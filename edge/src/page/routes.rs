@@ -17,10 +17,11 @@ use shared::uid::Uid;
 use tokio::sync::{Semaphore, watch};
 
 use super::layout::{self, Frame, Place};
+use super::listing::Listing;
 use super::picture::{self, Window};
 use super::study_view::{self, View};
-use super::{MAX_LISTED, NotShown, Settings, Sources, access, live, system_view, words, worklist};
-use crate::operate::metrics::TextForm;
+use super::{NotShown, Settings, Sources, access, live, system_view, words, worklist};
+use crate::operate::exposition::TextForm;
 use crate::operate::status::Status;
 use crate::result::StudyResult;
 
@@ -39,6 +40,7 @@ pub(crate) struct Shared {
     pub(super) sources: Arc<Sources>,
     settings: watch::Receiver<Arc<Settings>>,
     listeners: live::Listeners,
+    listing: Arc<Listing>,
     drawing: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
 }
@@ -46,6 +48,7 @@ pub(crate) struct Shared {
 /// The page's routes.
 pub(crate) fn router(sources: Sources, settings: watch::Receiver<Arc<Settings>>) -> Router {
     let shared = Shared {
+        listing: Arc::new(Listing::new(sources.study_changed.subscribe())),
         sources: Arc::new(sources),
         settings,
         listeners: live::Listeners::default(),
@@ -114,28 +117,16 @@ fn not_found(words: &str) -> Response {
 
 async fn worklist_page(State(shared): State<Shared>) -> Result<Response, Response> {
     let is_anonymous = shared.settings().is_anonymous;
+    let listing = Arc::clone(&shared.listing);
     read(&shared, move |sources| {
-        let (mut rows, mut n_more) = (Vec::new(), 0);
-        (sources.studies)(&mut |result| {
-            rows.push(worklist::Listed::new(&result, is_anonymous));
-            // Rows that will not be listed are let go from time to time.
-            if rows.len() >= 2 * MAX_LISTED {
-                n_more += keep_listed(&mut rows);
-            }
-        });
-        let n_more = n_more + keep_listed(&mut rows);
+        let status = (sources.status)();
+        let n_studies = usize::try_from(status.studies).unwrap_or(usize::MAX);
+        let (each, one) = (&*sources.studies, &*sources.study);
+        let (rows, n_more) = listing.rows(each, one, n_studies, is_anonymous);
         let main = worklist::page(&rows, n_more);
-        show("Worklist", Place::Worklist, &(sources.status)(), &main)
+        show("Worklist", Place::Worklist, &status, &main)
     })
     .await
-}
-
-/// Puts rows in order and lets those beyond [`MAX_LISTED`] go. How many.
-fn keep_listed(rows: &mut Vec<worklist::Listed>) -> usize {
-    rows.sort_by_key(|row| row.place);
-    let n_more = rows.len().saturating_sub(MAX_LISTED);
-    rows.truncate(MAX_LISTED);
-    n_more
 }
 
 async fn study_page(

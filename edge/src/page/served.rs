@@ -47,6 +47,7 @@ fn serve(settings: Settings) -> Served {
         counts: Box::new(Counts::default),
         metrics: Metrics::default(),
         changed: changed.clone(),
+        study_changed: broadcast::Sender::new(1),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

@@ -1,10 +1,11 @@
 //! The words of the page: what is said of a study, once, for the worklist, the study view and the JSON.
 //!
-//! A study is never called negative. Where the model was trained on the phantom and the patient is real, nothing is
+//! A study is suspected, or not detected on N of M slices; it is never called negative. Where the model was trained on the phantom and the patient is real, nothing is
 //! said of the patient.
 
 use std::cmp::Reverse;
 
+use super::worklist::Place;
 use crate::result::{Outcome, State, StudyResult};
 
 /// Words for a study's answer.
@@ -21,7 +22,7 @@ pub(crate) struct Words {
 /// How an answer is set off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Tone {
-    /// Detected.
+    /// Suspected.
     Alarm,
     /// Needs a person: not analysed.
     Attention,
@@ -67,14 +68,14 @@ pub(crate) fn words(result: &StudyResult) -> Words {
     match &result.outcome {
         Outcome::Positive if result.state == State::Complete => Words {
             tone: Tone::Alarm,
-            label: "Detected",
-            sentence: format!("Pulmonary embolism detected, {}", n_of(analysed, slices)),
+            label: "Suspected",
+            sentence: format!("Pulmonary embolism suspected, {}", n_of(analysed, slices)),
         },
         Outcome::Positive => Words {
             tone: Tone::Alarm,
-            label: "Detected",
+            label: "Suspected",
             sentence: format!(
-                "Pulmonary embolism detected, provisional: {} so far",
+                "Pulmonary embolism suspected, provisional: {} so far",
                 n_slices(analysed)
             ),
         },
@@ -128,7 +129,7 @@ pub(crate) fn percent(logit: f32) -> String {
 }
 
 /// A study's place in the worklist, the lowest first: positive ones where that means something, then the latest.
-pub(crate) fn place(result: &StudyResult) -> (bool, Reverse<i64>) {
+pub(crate) fn place(result: &StudyResult) -> Place {
     let is_first = result.is_positive() && is_meant(result);
     (!is_first, Reverse(result.last_received_ms))
 }

@@ -10,11 +10,14 @@ use super::words::Tone;
 use super::{strip, words};
 use crate::result::{State, StudyResult};
 
-/// A row before it is drawn: what the worklist needs of a study.
+/// Where a study stands in the worklist, the lowest first.
+pub(crate) type Place = (bool, Reverse<i64>);
+
+/// A row: what the worklist needs of a study.
 #[derive(Clone, Debug)]
 pub(crate) struct Listed {
     /// Where it stands.
-    pub(crate) place: (bool, Reverse<i64>),
+    pub(crate) place: Place,
     tone: Tone,
     html: Markup,
 }
@@ -38,7 +41,7 @@ pub(crate) fn page(rows: &[Listed], n_more: usize) -> Markup {
         div.title {
             h1 { "Worklist" }
             p.counts {
-                span.count-alarm[n_positive > 0] #n-positive data-count=(n_positive) { strong { (n_positive) } " detected" }
+                span.count-alarm[n_positive > 0] #n-positive data-count=(n_positive) { strong { (n_positive) } " suspected" }
                 span { strong { (rows.len() + n_more) } " studies" }
             }
         }
@@ -46,7 +49,7 @@ pub(crate) fn page(rows: &[Listed], n_more: usize) -> Markup {
             (nothing_yet())
         } @else {
             table.worklist {
-                caption.unseen { "Studies, those with a detected embolism first, then the latest" }
+                caption.unseen { "Studies, those with a suspected embolism first, then the latest" }
                 thead { tr {
                     th scope="col" { "Result" }
                     th scope="col" { "Patient" }
