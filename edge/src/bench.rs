@@ -63,10 +63,9 @@ pub(crate) fn run(arguments: &BenchArgs, out: &mut dyn Write) -> Result<Exit, Fa
     let macs: u64 = explanation.layers.iter().map(|layer| layer.macs).sum();
     let peak = explanation.peak_macs_per_second;
     let share_of_peak = peak.map(|peak| share(macs, times[times.len() / 2], options.threads, peak));
-    let kernel = ready.model.kernel();
     let result = BenchJson {
         model: &ready.name,
-        kernel: kernel.map_or_else(|| "tract".to_owned(), |kernel| kernel.to_string()),
+        kernel: ready.model.runs_on(),
         threads: options.threads,
         slices: arguments.slices,
         micros_median: times[times.len() / 2],

@@ -135,6 +135,9 @@ pub(crate) struct ModelArgs {
     /// Kernel of the network [default: the fastest that this CPU runs].
     #[arg(long, value_name = "NAME")]
     pub(crate) kernel: Option<Kernel>,
+    /// Run an int8 file in f32: for CPUs without a dot product; answers then differ from CPU to CPU, and say so.
+    #[arg(long)]
+    pub(crate) float: bool,
 }
 
 /// How results are printed.
@@ -155,6 +158,7 @@ impl ModelArgs {
         Options {
             kernel: self.kernel,
             threads: asked.unwrap_or_else(all).clamp(1, 64),
+            is_float: self.float,
         }
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
-use engine::{Model, Options};
+use engine::{Arithmetic, Model, Options};
 use shared::manifest::{DataKind, Manifest, Precision, Validation};
 use shared::spec::Normalisation;
 use shared::{RESEARCH_USE, TENSOR_BYTES, selftest};
@@ -67,7 +67,7 @@ impl ReadyModel {
             .map_err(failure(Exit::FailedCheck))?;
         Ok(Self {
             name: name(&model, &manifest),
-            notice: notice(&manifest),
+            notice: notice(&model, &manifest),
             model,
             manifest,
             load_micros,
@@ -126,7 +126,8 @@ fn usable(model: &Model) -> anyhow::Result<Manifest> {
 }
 
 fn self_test(model: &Model, manifest: &Manifest) -> anyhow::Result<()> {
-    if manifest.precision != Precision::Int8 {
+    // The bits of an int8 file that runs in f32 are this CPU's own.
+    if manifest.precision != Precision::Int8 || model.arithmetic() == Arithmetic::Float {
         return Ok(());
     }
     let mut session = model.session();
@@ -148,9 +149,10 @@ fn self_test(model: &Model, manifest: &Manifest) -> anyhow::Result<()> {
 }
 
 fn name(model: &Model, manifest: &Manifest) -> String {
-    let precision = match manifest.precision {
-        Precision::Float32 => "float32",
-        Precision::Int8 => "int8",
+    let precision = match (manifest.precision, model.arithmetic()) {
+        (Precision::Float32, _) => "float32",
+        (Precision::Int8, Arithmetic::Float) => "int8-run-in-float32",
+        (Precision::Int8, _) => "int8",
     };
     let digest = model.digest();
     let digest = digest.get(..DIGEST_DIGITS).unwrap_or(digest);
@@ -160,7 +162,7 @@ fn name(model: &Model, manifest: &Manifest) -> String {
     )
 }
 
-fn notice(manifest: &Manifest) -> String {
+fn notice(model: &Model, manifest: &Manifest) -> String {
     let mut notice = RESEARCH_USE.to_owned();
     match manifest.training_data.kind {
         DataKind::Phantom => notice.push_str("; demonstration model, trained on synthetic data"),
@@ -171,6 +173,9 @@ fn notice(manifest: &Manifest) -> String {
         Validation::Validated => {}
         Validation::Unvalidated => notice.push_str("; unvalidated model"),
         Validation::Forced => notice.push_str("; model that failed its gate"),
+    }
+    if model.arithmetic() == Arithmetic::Float {
+        notice.push_str("; computed in f32, the last digits differ between CPUs");
     }
     notice
 }

@@ -118,6 +118,7 @@ fn every_kernel_and_number_of_threads_gives_the_golden_logits() {
                 &Options {
                     kernel: Some(kernel),
                     threads,
+                    ..Options::default()
                 },
             )
             .unwrap();
@@ -139,6 +140,7 @@ fn the_model_passes_its_own_self_test() {
         &Options {
             kernel: None,
             threads: 1,
+            ..Options::default()
         },
     )
     .unwrap();

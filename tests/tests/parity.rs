@@ -1,4 +1,4 @@
-//! The same weights in three arithmetics: candle f32, the exported f32 file through tract, the int8 file on our kernels.
+//! The same weights in three arithmetics: candle f32, the exported f32 file on our float kernels, the int8 file on our integer ones.
 #![allow(
     clippy::unwrap_used,
     reason = "a test stops at the first fault; its helpers too"
@@ -15,7 +15,7 @@ use trainer::network::Network;
 use trainer::onnx::{self, ModelProto};
 use trainer::{architecture, quantize};
 
-/// Candle and tract sum in different orders: 115,200 products of f32 at most, so a few units in the fifth digit.
+/// Candle and the engine sum in different orders: 115,200 products of f32 at most, so a few units in the fifth digit.
 const FLOAT_TOLERANCE: f32 = 1e-4;
 
 /// Share of the logits' range over the images that quantization may move a logit by. Eight bits a tensor and a channel
@@ -80,6 +80,7 @@ fn engine_logits(file: &[u8], images: &[u8]) -> Vec<f32> {
         &Options {
             kernel: None,
             threads: 2,
+            ..Options::default()
         },
     )
     .unwrap();

@@ -366,6 +366,7 @@ fn int8_logits(int8: &[u8], images: &[&[u8]]) -> anyhow::Result<Vec<f32>> {
     let options = engine::Options {
         kernel: None,
         threads: rayon::current_num_threads(),
+        ..engine::Options::default()
     };
     let model = engine::Model::load(int8, &options).context("loading the int8 file")?;
     let mut session = model.session();

@@ -43,6 +43,7 @@ fn main() {
         let options = Options {
             kernel: Some(kernel),
             threads: 1,
+            ..Options::default()
         };
         let model = Model::load(&file, &options).unwrap();
         let mut session = model.session();

@@ -1,6 +1,6 @@
 //! Runs a model on raw images, for the scripts in `tests/reference`.
 //!
-//! `run MODEL IMAGES [KERNEL [THREADS]]`: `IMAGES` holds u8 images one after the other. Prints load time, resident memory and the bits of each
+//! `run MODEL IMAGES [KERNEL [THREADS [float]]]`: `IMAGES` holds u8 images one after the other. Prints load time, resident memory and the bits of each
 //! logit, then reads lines from standard input: a number `N` runs `N` images and prints their times in microseconds,
 //! `explain` prints the time of each layer, `idle` the share of columns that needed no computing.
 
@@ -12,7 +12,7 @@ use engine::{Model, Options};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, images, rest @ ..] = arguments.as_slice() else {
-        return Err("usage: run MODEL IMAGES [KERNEL [THREADS]]".into());
+        return Err("usage: run MODEL IMAGES [KERNEL [THREADS [float]]]".into());
     };
     let kernel = rest
         .first()
@@ -23,7 +23,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let images = std::fs::read(images)?;
 
     let started = Instant::now();
-    let model = Model::load(&std::fs::read(model)?, &Options { kernel, threads })?;
+    let options = Options {
+        kernel,
+        threads,
+        is_float: rest.get(2).is_some_and(|word| word == "float"),
+    };
+    let model = Model::load(&std::fs::read(model)?, &options)?;
     let mut session = model.session();
     let mut logit = [0.0];
     let image_bytes = 3 * 256 * 256;

@@ -13,8 +13,9 @@
 
 use tract_onnx::pb::{NodeProto, TensorProto, tensor_proto::DataType};
 
-use crate::graph::{
-    Graph, dimensions, f32_elements, float, i32_elements, integer, integers, is_zero,
+use crate::graph::{Graph, dimensions, f32_elements, i32_elements, integer, is_zero};
+use crate::layers::{
+    NotAChain, is_of, is_plain_gemm, is_pool_of_two, is_valid_convolution, refuse,
 };
 
 /// A network that is one chain of quantized layers.
@@ -47,23 +48,6 @@ pub(crate) struct Layer {
     pub(crate) bias: Vec<i32>,
     /// Scale of the output activations; `None` where the layer's output is the logit.
     pub(crate) output_scale: Option<f32>,
-}
-
-/// Why a graph is not one chain.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{node}: {reason}")]
-pub(crate) struct NotAChain {
-    /// Node or value at which the form ends.
-    pub(crate) node: String,
-    /// What was expected there.
-    pub(crate) reason: &'static str,
-}
-
-fn refuse<T>(node: &str, reason: &'static str) -> Result<T, NotAChain> {
-    Err(NotAChain {
-        node: node.to_owned(),
-        reason,
-    })
 }
 
 /// Reads the graph as one chain.
@@ -210,17 +194,7 @@ impl<'a> Walk<'_, 'a> {
 
     /// Passes Conv, ReLU, MaxPool and the Q/DQ between and after them.
     fn convolution(&mut self, node: &'a NodeProto) -> Result<Layer, NotAChain> {
-        let fits = |name: &str, expected: &[i64]| {
-            integers(node, name).is_none_or(|found| found == expected)
-        };
-        let is_plain =
-            fits("pads", &[0, 0, 0, 0]) && fits("strides", &[1, 1]) && fits("dilations", &[1, 1]);
-        let auto_pad = node
-            .attribute
-            .iter()
-            .find(|attribute| attribute.name == "auto_pad");
-        let is_valid = auto_pad.is_none_or(|pad| pad.s == b"NOTSET" || pad.s == b"VALID");
-        if !is_plain || !is_valid || integer(node, "group").unwrap_or(1) != 1 {
+        if !is_valid_convolution(node) {
             return refuse(&node.name, "padded, strided, dilated or grouped");
         }
         let mut layer = self.layer(node, 0)?;
@@ -255,14 +229,7 @@ impl<'a> Walk<'_, 'a> {
     /// Passes a 2 x 2 MaxPool with stride 2.
     fn pool(&mut self) -> Result<(), NotAChain> {
         let node = self.reader()?;
-        let is = |name: &str, expected: &[i64]| integers(node, name) == Some(expected);
-        let fits = |name: &str, expected: &[i64]| {
-            integers(node, name).is_none_or(|found| found == expected)
-        };
-        let is_floor = integer(node, "ceil_mode").unwrap_or(0) == 0;
-        let is_pool =
-            node.op_type == "MaxPool" && is("kernel_shape", &[2, 2]) && is("strides", &[2, 2]);
-        if !is_pool || !is_floor || !fits("pads", &[0, 0, 0, 0]) || !fits("dilations", &[1, 1]) {
+        if !is_pool_of_two(node) {
             return refuse(&node.name, "not MaxPool 2 x 2 with stride 2");
         }
         self.step(node)
@@ -278,9 +245,7 @@ impl<'a> Walk<'_, 'a> {
 
     /// Passes Gemm, and ReLU, Q and DQ unless it is the last.
     fn dense(&mut self, node: &'a NodeProto) -> Result<Layer, NotAChain> {
-        let is_one =
-            |name: &str| float(node, name).is_none_or(|found| found.to_bits() == 1.0_f32.to_bits());
-        if !is_one("alpha") || !is_one("beta") || integer(node, "transA").unwrap_or(0) != 0 {
+        if !is_plain_gemm(node) {
             return refuse(&node.name, "scaled or transposed Gemm");
         }
         let is_transposed = integer(node, "transB").unwrap_or(0) == 0;
@@ -442,8 +407,4 @@ impl<'a> Walk<'_, 'a> {
             _ => Ok(()),
         }
     }
-}
-
-fn is_of(tensor: &TensorProto, element: DataType) -> bool {
-    DataType::try_from(tensor.data_type) == Ok(element)
 }

@@ -8,7 +8,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::kernels::peak_macs_per_second;
+use crate::float::{FloatNetwork, FloatRunner};
+use crate::kernels::{float_peak_macs_per_second, peak_macs_per_second};
 use crate::model::{Model, Program, RunError};
 use crate::network::{Network, Weights};
 use crate::session::Runner;
@@ -60,55 +61,99 @@ impl Model {
     pub fn explain(&self) -> Result<Explanation, RunError> {
         match self.program() {
             Program::Network(network) => explain(network),
+            Program::Float(network) => explain_float(network),
             Program::Tract(model) => explain_tract(model),
         }
     }
+}
+
+/// A layer without its time.
+struct Facts<'a> {
+    name: &'a str,
+    operator: &'static str,
+    macs: u64,
+    weight_bytes: usize,
 }
 
 fn explain(network: &Arc<Network>) -> Result<Explanation, RunError> {
     let mut runner = Runner::new(Arc::clone(network), 1).map_err(RunError::Thread)?;
     let image = noise(network.image_bytes());
     runner.logit(&image);
-    let runs: Vec<Vec<Duration>> = (0..RUNS).map(|_| runner.layer_times(&image)).collect();
-    let peak = peak_macs_per_second(network.kernel);
-    let convolutions = network.convolutions.iter().map(|layer| {
-        let operator = match layer.weights {
+    let convolutions = network.convolutions.iter().map(|layer| Facts {
+        name: &layer.name,
+        operator: match layer.weights {
             Weights::Direct(_) => "convolution + ReLU + max pool",
             Weights::Winograd(_) => "Winograd convolution + ReLU + max pool",
-        };
-        (&layer.name, operator, layer.macs(), layer.parameter_bytes())
-    });
-    let dense = network.dense.iter().map(|layer| {
-        let macs = (layer.n_inputs * layer.n_outputs()) as u64;
-        (
-            &layer.name,
-            "dense",
-            macs,
-            layer.weights.len() + 8 * layer.bias.len(),
-        )
-    });
-    let layers = convolutions.chain(dense).enumerate().map(
-        |(index, (name, operator, macs, weight_bytes))| {
-            let least = runs.iter().map(|run| run[index]).min();
-            let seconds = least.unwrap_or_default().as_secs_f64();
-            let share_of_peak = peak.map(|peak| rate(macs, seconds) / peak);
-            LayerReport {
-                name: name.clone(),
-                operator: operator.to_owned(),
-                micros: seconds * 1e6,
-                macs,
-                weight_bytes,
-                share_of_peak,
-            }
         },
-    );
+        macs: layer.macs(),
+        weight_bytes: layer.parameter_bytes(),
+    });
+    let dense = network.dense.iter().map(|layer| Facts {
+        name: &layer.name,
+        operator: "dense",
+        macs: (layer.n_inputs * layer.n_outputs()) as u64,
+        weight_bytes: layer.weights.len() + 8 * layer.bias.len(),
+    });
+    let peak = peak_macs_per_second(network.kernel);
     Ok(Explanation {
         runs_on: network.kernel.to_string(),
         reason: None,
         peak_macs_per_second: peak,
         activation_bytes: runner.activation_bytes(),
-        layers: layers.collect(),
+        layers: timed(convolutions.chain(dense), peak, || {
+            runner.layer_times(&image)
+        }),
     })
+}
+
+fn explain_float(network: &Arc<FloatNetwork>) -> Result<Explanation, RunError> {
+    let mut runner = FloatRunner::new(Arc::clone(network), 1).map_err(RunError::Thread)?;
+    let image = noise(network.image_bytes());
+    runner.logit(&image);
+    let convolutions = network.convolutions.iter().map(|layer| Facts {
+        name: &layer.name,
+        operator: layer.layer.algorithm(),
+        macs: layer.macs(),
+        weight_bytes: layer.layer.parameter_bytes(),
+    });
+    let dense = network.dense.iter().map(|layer| Facts {
+        name: &layer.name,
+        operator: "f32 dense",
+        macs: layer.weights.len() as u64,
+        weight_bytes: 4 * (layer.weights.len() + layer.bias.len()),
+    });
+    let peak = float_peak_macs_per_second(network.kernel);
+    Ok(Explanation {
+        runs_on: format!("f32 {}, whose bits differ between CPUs", network.kernel),
+        reason: None,
+        peak_macs_per_second: peak,
+        activation_bytes: runner.activation_bytes(),
+        layers: timed(convolutions.chain(dense), peak, || {
+            runner.layer_times(&image)
+        }),
+    })
+}
+
+/// Reports of layers with the least of their times.
+fn timed<'a>(
+    layers: impl Iterator<Item = Facts<'a>>,
+    peak: Option<f64>,
+    mut run: impl FnMut() -> Vec<Duration>,
+) -> Vec<LayerReport> {
+    let runs: Vec<Vec<Duration>> = (0..RUNS).map(|_| run()).collect();
+    let report = |(index, facts): (usize, Facts<'_>)| {
+        let least = runs.iter().map(|run| run[index]).min();
+        let seconds = least.unwrap_or_default().as_secs_f64();
+        LayerReport {
+            name: facts.name.to_owned(),
+            operator: facts.operator.to_owned(),
+            micros: seconds * 1e6,
+            macs: facts.macs,
+            weight_bytes: facts.weight_bytes,
+            share_of_peak: peak.map(|peak| rate(facts.macs, seconds) / peak),
+        }
+    };
+    layers.enumerate().map(report).collect()
 }
 
 fn explain_tract(model: &TractModel) -> Result<Explanation, RunError> {

@@ -3,17 +3,21 @@
 //! The stages in the order the data meets them: [`model`] loads a file, `graph` indexes it, `chain` recognises the quantized
 //! layers, `network` checks and packs them for one of the [`kernels`], `session` runs them on images. What is no such chain
 //! runs through `tract`, with each quantized convolution that `partial` finds replaced by our `operator`, a `convolution` of any shape on the
-//! same kernels. `explain` measures each layer.
+//! same kernels. Float files of the same form run through `float`. `explain` measures each layer.
 //!
 //! No file and no socket is opened here; the caller brings the bytes.
 
 mod chain;
 mod contributions;
 mod convolution;
+mod crew;
 mod explain;
+mod float;
 mod graph;
 mod idle;
 pub mod kernels;
+mod layers;
+mod maps;
 pub mod model;
 mod network;
 mod operator;
@@ -26,4 +30,4 @@ mod tract;
 pub use contributions::Contributions;
 pub use explain::{Explanation, LayerReport};
 pub use kernels::Kernel;
-pub use model::{LoadError, Model, Options, RunError, Session};
+pub use model::{Arithmetic, LoadError, Model, Options, RunError, Session};

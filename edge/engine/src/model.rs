@@ -1,7 +1,7 @@
 //! Loads a model file and hands out sessions.
 //!
 //! In: the bytes of an ONNX file. Out: a [`Model`], which holds everything that does not change, and [`Session`]s, which hold
-//! the buffers of a run. A file that is one chain of quantized layers runs on our kernels alone; any other runs through tract.
+//! the buffers of a run. A file that is one chain of layers, quantized or float, runs on our kernels alone; any other runs through tract.
 
 use std::sync::Arc;
 
@@ -11,8 +11,10 @@ use tract_onnx::pb::ModelProto;
 
 use crate::chain::recognise;
 use crate::contributions::Contributions;
+use crate::float::{self, FloatNetwork, FloatRunner};
 use crate::graph::Graph;
 use crate::kernels::Kernel;
+use crate::kernels::float::FloatKernel;
 use crate::network::Network;
 use crate::session::Runner;
 use crate::tract::TractModel;
@@ -20,13 +22,16 @@ use crate::tract::TractModel;
 /// Most threads of a session.
 pub const MAX_THREADS: usize = 64;
 
-/// How a model is to run. `Options::default()` takes the fastest kernel and one thread.
+/// How a model is to run. `Options::default()` takes the fastest kernel, one thread and the file's own arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The kernel; `None` for the fastest that this CPU runs.
     pub kernel: Option<Kernel>,
     /// Threads of a session, 1 to [`MAX_THREADS`].
     pub threads: usize,
+    /// Whether a chain of quantized layers runs in f32, its weights in real numbers and its activations not quantized. As fast as the exact
+    /// way on CPUs without a dot product; the bits then differ between CPUs, and the self-test of the file does not hold.
+    pub is_float: bool,
 }
 
 impl Default for Options {
@@ -34,8 +39,20 @@ impl Default for Options {
         Self {
             kernel: None,
             threads: 1,
+            is_float: false,
         }
     }
+}
+
+/// What a model computes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Integers, on our kernels: the same bits on every CPU.
+    Exact,
+    /// f32, on our kernels: the bits differ between CPUs.
+    Float,
+    /// tract, with our operator where it fits: the bits may differ between CPUs.
+    Tract,
 }
 
 /// Why a model file is refused.
@@ -119,6 +136,8 @@ pub struct Model {
 pub(crate) enum Program {
     /// Our kernels from end to end.
     Network(Arc<Network>),
+    /// Our float kernels from end to end.
+    Float(Arc<FloatNetwork>),
     /// tract.
     Tract(Arc<TractModel>),
 }
@@ -146,23 +165,7 @@ impl Model {
         let manifest = text
             .map(|entry| Manifest::from_json(&entry.value))
             .transpose()?;
-        let chain = proto
-            .graph
-            .as_ref()
-            .map(|graph| recognise(&Graph::new(graph)));
-        let program = match chain {
-            Some(Ok(chain)) => Program::Network(Arc::new(Network::new(chain, &mut proto, kernel)?)),
-            Some(Err(reason)) => Program::Tract(Arc::new(TractModel::new(
-                &mut proto,
-                reason.to_string(),
-                kernel,
-            )?)),
-            None => {
-                return Err(LoadError::Shape {
-                    layer: "the file has no graph".into(),
-                });
-            }
-        };
+        let program = program(&mut proto, kernel, options)?;
         Ok(Self {
             manifest: manifest.map(Arc::new),
             digest: blake3::hash(onnx).to_hex().to_string(),
@@ -183,12 +186,32 @@ impl Model {
         &self.digest
     }
 
-    /// The kernel that runs the network; `None` where tract runs it.
+    /// The kernel that runs the network; `None` where it does not run in integers.
     #[must_use]
     pub fn kernel(&self) -> Option<Kernel> {
         match &self.program {
             Program::Network(network) => Some(network.kernel),
-            Program::Tract(_) => None,
+            Program::Float(_) | Program::Tract(_) => None,
+        }
+    }
+
+    /// What the network computes with.
+    #[must_use]
+    pub fn arithmetic(&self) -> Arithmetic {
+        match &self.program {
+            Program::Network(_) => Arithmetic::Exact,
+            Program::Float(_) => Arithmetic::Float,
+            Program::Tract(_) => Arithmetic::Tract,
+        }
+    }
+
+    /// Kernel and, where it is not the exact one, arithmetic, for people: `avx2`, `f32 avx2`, `tract`.
+    #[must_use]
+    pub fn runs_on(&self) -> String {
+        match &self.program {
+            Program::Network(network) => network.kernel.to_string(),
+            Program::Float(network) => format!("f32 {}", network.kernel),
+            Program::Tract(_) => "tract".into(),
         }
     }
 
@@ -207,12 +230,55 @@ impl Model {
     }
 }
 
+fn program(
+    proto: &mut ModelProto,
+    kernel: Kernel,
+    options: &Options,
+) -> Result<Program, LoadError> {
+    let Some(graph) = &proto.graph else {
+        return Err(LoadError::Shape {
+            layer: "the file has no graph".into(),
+        });
+    };
+    let float_kernel = || FloatKernel::like(options.kernel).ok_or(LoadError::Kernel(kernel));
+    let graph = Graph::new(graph);
+    let reason = match recognise(&graph) {
+        Ok(chain) if options.is_float => {
+            let network = FloatNetwork::of_quantized(chain, proto, float_kernel()?)?;
+            return Ok(Program::Float(Arc::new(network)));
+        }
+        Ok(chain) => {
+            return Ok(Program::Network(Arc::new(Network::new(
+                chain, proto, kernel,
+            )?)));
+        }
+        Err(reason) => reason,
+    };
+    match float::recognise(&graph) {
+        Ok(chain) => {
+            let network = FloatNetwork::new(chain, proto, float_kernel()?)?;
+            Ok(Program::Float(Arc::new(network)))
+        }
+        Err(_) => {
+            let model = TractModel::new(proto, reason.to_string(), kernel)?;
+            Ok(Program::Tract(Arc::new(model)))
+        }
+    }
+}
+
 /// The buffers and threads of one caller. `Send`, not shared.
 #[derive(Debug)]
 pub struct Session {
     program: Program,
     threads: usize,
-    runner: Option<Runner>,
+    runner: Option<AnyRunner>,
+}
+
+/// The buffers and threads of a program of ours.
+#[derive(Debug)]
+enum AnyRunner {
+    Exact(Runner),
+    Float(FloatRunner),
 }
 
 impl Session {
@@ -228,6 +294,7 @@ impl Session {
     pub fn logits(&mut self, images: &[u8], logits: &mut [f32]) -> Result<(), RunError> {
         let image_bytes = match &self.program {
             Program::Network(network) => network.image_bytes(),
+            Program::Float(network) => network.image_bytes(),
             Program::Tract(model) => model.image_bytes(),
         };
         if logits.len().checked_mul(image_bytes) != Some(images.len()) {
@@ -237,38 +304,61 @@ impl Session {
                 image_bytes,
             });
         }
-        let pairs = images.chunks_exact(image_bytes).zip(logits);
-        match &self.program {
-            Program::Network(network) => {
-                let runner = match &mut self.runner {
-                    Some(runner) => runner,
-                    empty => empty.insert(
-                        Runner::new(Arc::clone(network), self.threads).map_err(RunError::Thread)?,
-                    ),
-                };
-                pairs.for_each(|(image, logit)| *logit = runner.logit(image));
-            }
-            Program::Tract(model) => {
-                for (image, logit) in pairs {
-                    *logit = model.logit(image)?;
-                }
-            }
+        let mut pairs = images.chunks_exact(image_bytes).zip(logits);
+        if self.runner.is_none() {
+            self.runner = AnyRunner::new(&self.program, self.threads).map_err(RunError::Thread)?;
         }
-        Ok(())
+        match (&self.program, &mut self.runner) {
+            (_, Some(AnyRunner::Exact(runner))) => {
+                pairs.for_each(|(image, logit)| *logit = runner.logit(image));
+                Ok(())
+            }
+            (_, Some(AnyRunner::Float(runner))) => {
+                pairs.for_each(|(image, logit)| *logit = runner.logit(image));
+                Ok(())
+            }
+            (Program::Tract(model), None) => pairs.try_for_each(|(image, logit)| {
+                *logit = model.logit(image)?;
+                Ok(())
+            }),
+            (_, None) => unreachable!("every program of ours has a runner"),
+        }
     }
 
     /// Share, 0 to 1, of the pooled columns of the first convolutions that needed no computing so far, because all that they see is of one
-    /// value; on several threads that of the calling one. `None` before the first run and where tract runs the network.
+    /// value; on several threads that of the calling one. `None` before the first run and where the network does not run in integers.
     #[must_use]
     pub fn idle_share(&self) -> Option<f64> {
-        self.runner.as_ref()?.idle_share()
+        self.exact()?.idle_share()
     }
 
     /// Where the logit of the latest image comes from.
     ///
-    /// `None` before the first run, where tract runs the network, and for networks without exactly two dense layers.
+    /// `None` before the first run, where the network does not run in integers, and for networks without exactly two dense layers.
     #[must_use]
     pub fn contributions(&self) -> Option<Contributions> {
-        self.runner.as_ref()?.contributions()
+        self.exact()?.contributions()
+    }
+
+    fn exact(&self) -> Option<&Runner> {
+        match &self.runner {
+            Some(AnyRunner::Exact(runner)) => Some(runner),
+            _ => None,
+        }
+    }
+}
+
+impl AnyRunner {
+    /// `None` where tract runs the program.
+    fn new(program: &Program, threads: usize) -> std::io::Result<Option<Self>> {
+        Ok(match program {
+            Program::Network(network) => {
+                Some(Self::Exact(Runner::new(Arc::clone(network), threads)?))
+            }
+            Program::Float(network) => {
+                Some(Self::Float(FloatRunner::new(Arc::clone(network), threads)?))
+            }
+            Program::Tract(_) => None,
+        })
     }
 }

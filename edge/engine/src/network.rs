@@ -157,7 +157,7 @@ fn trim(convolutions: &mut [Convolution]) {
 }
 
 /// Takes the bytes of an initializer.
-fn take(proto: &mut ModelProto, name: &str) -> Vec<u8> {
+pub(crate) fn take(proto: &mut ModelProto, name: &str) -> Vec<u8> {
     let initializers = proto
         .graph
         .iter_mut()
@@ -331,8 +331,7 @@ fn dense_layer(layer: Layer, proto: &mut ModelProto, n_inputs: usize) -> Result<
         return Err(LoadError::Shape { layer: layer.name });
     }
     if layer.is_transposed {
-        let by_neuron = |neuron| weights.iter().skip(neuron).step_by(n_outputs).copied();
-        weights = (0..n_outputs).flat_map(by_neuron).collect();
+        weights = transposed(&weights, n_outputs);
     }
     check(&layer.name, &weights, &layer.bias)?;
     Ok(Dense {
@@ -342,4 +341,10 @@ fn dense_layer(layer: Layer, proto: &mut ModelProto, n_inputs: usize) -> Result<
         n_inputs,
         bias: layer.bias,
     })
+}
+
+/// Weights `[input, output]` as `[output, input]`.
+pub(crate) fn transposed<T: Copy>(weights: &[T], n_outputs: usize) -> Vec<T> {
+    let by_output = |output| weights.iter().skip(output).step_by(n_outputs).copied();
+    (0..n_outputs).flat_map(by_output).collect()
 }

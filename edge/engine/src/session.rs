@@ -9,17 +9,18 @@
 //! Every number is an integer until the last multiplication, so the split cannot change a bit.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Barrier, PoisonError, RwLock, RwLockReadGuard};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use shared::quantize::requantize;
 
 use crate::contributions::{Contributions, divide};
+use crate::crew::{Crew, Meeting, Place, Work};
 use crate::idle::Idle;
 use crate::kernels::{self, WinogradScratch, cpu_time};
-use crate::network::{Convolution, KERNEL_SIDE, Network, Weights};
+use crate::maps::FeatureMap;
+use crate::network::{KERNEL_SIDE, Network, Weights};
 use crate::rows::{first_row, pooled_row, pooled_row_of_image};
 
 /// Input rows under a pooled row of a 3 x 3 convolution; also the size of the ring.
@@ -31,35 +32,24 @@ const FIELD_BELOW: usize = 6;
 /// Buffers and threads that run one network.
 #[derive(Debug)]
 pub(crate) struct Runner {
-    shared: Arc<Shared>,
-    worker: Worker,
-    helpers: Vec<JoinHandle<()>>,
+    crew: Crew<Shared>,
 }
 
 /// What the threads of a runner share.
 #[derive(Debug)]
 struct Shared {
     network: Arc<Network>,
-    image: RwLock<Vec<u8>>,
     /// One map for each convolution but the first of two or more.
-    maps: Vec<FeatureMap>,
+    maps: Vec<FeatureMap<u8>>,
     /// Output of each hidden dense layer.
     hidden: Vec<Vec<AtomicU8>>,
-    barrier: Barrier,
     n_threads: usize,
-    is_stopping: AtomicBool,
-}
-
-/// The rows of one feature map, each behind its own lock: writers and readers never meet, the barrier sees to that.
-#[derive(Debug)]
-struct FeatureMap {
-    rows: Vec<RwLock<Vec<u8>>>,
 }
 
 /// One thread's own buffers.
 #[derive(Debug)]
 struct Worker {
-    index: usize,
+    place: Place,
     /// Patches under one pooled row of the first convolution.
     patches: Vec<u8>,
     /// The latest rows of the first convolution, row `r` at `r % 4`.
@@ -85,73 +75,43 @@ impl Runner {
             .dense
             .iter()
             .map(|layer| (0..layer.n_outputs()).map(|_| AtomicU8::new(0)).collect());
-        let shared = Arc::new(Shared {
-            image: RwLock::new(vec![
-                0;
-                if n_threads > 1 {
-                    network.image_bytes()
-                } else {
-                    0
-                }
-            ]),
-            maps: whole_maps.iter().map(FeatureMap::new).collect(),
+        let shared = Shared {
+            maps: whole_maps
+                .iter()
+                .map(|layer| FeatureMap::new(layer.pooled[0], layer.row_bytes()))
+                .collect(),
             hidden: hidden.collect(),
-            barrier: Barrier::new(n_threads),
             n_threads,
-            is_stopping: AtomicBool::new(false),
             network,
-        });
-        let mut runner = Self {
-            worker: Worker::new(&shared.network, 0),
-            shared,
-            helpers: Vec::new(),
         };
-        for index in 1..n_threads {
-            let shared = Arc::clone(&runner.shared);
-            let mut worker = Worker::new(&shared.network, index);
-            let helper = std::thread::Builder::new().name(format!("engine-{index}"));
-            runner
-                .helpers
-                .push(helper.spawn(move || worker.help(&shared))?);
-        }
-        Ok(runner)
+        Crew::new(shared, n_threads).map(|crew| Self { crew })
     }
 
     /// The logit of one image of `image_bytes` u8.
     pub(crate) fn logit(&mut self, image: &[u8]) -> f32 {
-        let Self { shared, worker, .. } = self;
-        if shared.n_threads > 1 {
-            shared
-                .image
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .copy_from_slice(image);
-            shared.barrier.wait();
-        }
-        worker.run(shared, image)
+        self.crew.logit(image)
     }
 
     /// Runs one image and returns the CPU time spent in each layer, convolutions first. Exact on one thread.
     pub(crate) fn layer_times(&mut self, image: &[u8]) -> Vec<Duration> {
-        let network = &self.shared.network;
-        self.worker.times = Some(vec![
-            Duration::ZERO;
-            network.convolutions.len() + network.dense.len()
-        ]);
+        let network = &self.crew.work().network;
+        let n_layers = network.convolutions.len() + network.dense.len();
+        self.crew.worker_mut().times = Some(vec![Duration::ZERO; n_layers]);
         self.logit(image);
-        self.worker.times.take().unwrap_or_default()
+        self.crew.worker_mut().times.take().unwrap_or_default()
     }
 
     /// The logit of the latest image, divided over the last feature map; `None` unless there are exactly two dense layers.
     pub(crate) fn contributions(&self) -> Option<Contributions> {
-        let network = &self.shared.network;
+        let shared = self.crew.work();
+        let network = &shared.network;
         let [hidden, last] = &network.dense[..] else {
             return None;
         };
         let map = network.convolutions.last()?.pooled;
         let mut features = vec![0; hidden.n_inputs];
-        flatten(&self.shared, &mut features);
-        let activations = self.shared.hidden.first()?;
+        flatten(shared, &mut features);
+        let activations = shared.hidden.first()?;
         let activations: Vec<u8> = activations
             .iter()
             .map(|activation| activation.load(Ordering::Relaxed))
@@ -169,57 +129,38 @@ impl Runner {
 
     /// Share of the columns of the first two convolutions that this session did not have to compute, on the calling thread.
     pub(crate) fn idle_share(&self) -> Option<f64> {
-        let [looked, constant] = self.worker.idle.counts;
+        let [looked, constant] = self.crew.worker().idle.counts;
         #[expect(clippy::cast_precision_loss, reason = "a share for people")]
         (looked > 0).then(|| constant as f64 / looked as f64)
     }
 
     /// Bytes of activations that the session holds, all threads together.
     pub(crate) fn activation_bytes(&self) -> usize {
-        let rows =
-            |map: &FeatureMap| map.rows.len() * map.rows.first().map_or(0, |row| lock(row).len());
-        let ring: usize = self.worker.ring.iter().map(Vec::len).sum();
-        let own = self.worker.patches.len() + ring;
-        self.shared.maps.iter().map(rows).sum::<usize>()
-            + self.shared.n_threads
-                * (own + self.worker.features.len() + self.worker.scratch.bytes())
+        let (shared, worker) = (self.crew.work(), self.crew.worker());
+        let ring: usize = worker.ring.iter().map(Vec::len).sum();
+        let own = worker.patches.len() + ring + worker.features.len() + worker.scratch.bytes();
+        shared.maps.iter().map(FeatureMap::bytes).sum::<usize>() + shared.n_threads * own
     }
 }
 
-impl Drop for Runner {
-    fn drop(&mut self) {
-        // Only where every helper was started do they wait at the barrier with us; otherwise they are left waiting.
-        self.shared.is_stopping.store(true, Ordering::Relaxed);
-        if self.helpers.len() + 1 == self.shared.n_threads && !self.helpers.is_empty() {
-            self.shared.barrier.wait();
-            for helper in self.helpers.drain(..) {
-                drop(helper.join());
-            }
-        }
+impl Work for Shared {
+    type Worker = Worker;
+
+    fn worker(&self, place: Place) -> Worker {
+        Worker::new(&self.network, place)
     }
-}
 
-impl FeatureMap {
-    fn new(convolution: &Convolution) -> Self {
-        let rows =
-            (0..convolution.pooled[0]).map(|_| RwLock::new(vec![0; convolution.row_bytes()]));
-        Self {
-            rows: rows.collect(),
-        }
+    fn run(&self, worker: &mut Worker, image: &[u8], meeting: &Meeting) -> f32 {
+        worker.run(self, image, meeting)
     }
-}
 
-fn lock(row: &RwLock<Vec<u8>>) -> RwLockReadGuard<'_, Vec<u8>> {
-    row.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The part of `0..n` that thread `index` of `n_threads` does.
-fn share(n: usize, index: usize, n_threads: usize) -> Range<usize> {
-    n * index / n_threads..n * (index + 1) / n_threads
+    fn image_bytes(&self) -> usize {
+        self.network.image_bytes()
+    }
 }
 
 impl Worker {
-    fn new(network: &Network, index: usize) -> Self {
+    fn new(network: &Network, place: Place) -> Self {
         let first = &network.convolutions[0];
         let patch_bytes = 2 * first.pooled[1] * first.column_bytes + first.kernel_row_bytes;
         let ring_bytes = if network.convolutions.len() > 1 {
@@ -240,7 +181,7 @@ impl Worker {
             }
         }
         Self {
-            index,
+            place,
             patches: vec![0; patch_bytes],
             ring: std::array::from_fn(|_| vec![0; ring_bytes]),
             features: vec![0; widest],
@@ -259,22 +200,11 @@ impl Worker {
         }
     }
 
-    /// A helper thread: one round of the barrier starts an image.
-    fn help(&mut self, shared: &Shared) {
-        loop {
-            shared.barrier.wait();
-            if shared.is_stopping.load(Ordering::Relaxed) {
-                return;
-            }
-            self.run(shared, &lock(&shared.image));
-        }
-    }
-
     /// This thread's part of one image; the logit is meaningful on thread 0.
-    fn run(&mut self, shared: &Shared, image: &[u8]) -> f32 {
+    fn run(&mut self, shared: &Shared, image: &[u8], meeting: &Meeting) -> f32 {
         let network = &*shared.network;
         for (index, map) in shared.maps.iter().enumerate() {
-            let rows = share(map.rows.len(), self.index, shared.n_threads);
+            let rows = self.place.share(map.n_rows());
             match index.checked_sub(1) {
                 Some(previous) => self.whole_map(shared, previous, rows),
                 None if network.convolutions.len() > 1 => {
@@ -282,21 +212,23 @@ impl Worker {
                 }
                 None => self.first_map(network, image, map, rows),
             }
-            if shared.n_threads > 1 {
-                shared.barrier.wait();
-            }
+            meeting.wait();
         }
-        self.dense(shared)
+        self.dense(shared, meeting)
     }
 
     /// Rows of the only convolution.
-    fn first_map(&mut self, network: &Network, image: &[u8], map: &FeatureMap, rows: Range<usize>) {
+    fn first_map(
+        &mut self,
+        network: &Network,
+        image: &[u8],
+        map: &FeatureMap<u8>,
+        rows: Range<usize>,
+    ) {
         self.idle.look(image, 2 * rows.start..2 * rows.end + 2);
         for row in rows {
             let started = self.times.is_some().then(cpu_time);
-            let mut out = map.rows[row]
-                .write()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut out = map.row_mut(row);
             let Self {
                 patches,
                 idle,
@@ -313,7 +245,7 @@ impl Worker {
         &mut self,
         network: &Network,
         image: &[u8],
-        map: &FeatureMap,
+        map: &FeatureMap<u8>,
         rows: Range<usize>,
     ) {
         let started = self.times.is_some().then(cpu_time);
@@ -339,9 +271,7 @@ impl Worker {
             let started = self.times.is_some().then(cpu_time);
             let strip: [&[u8]; STRIP_ROWS] =
                 std::array::from_fn(|i| self.ring[(2 * row + i) % STRIP_ROWS].as_slice());
-            let mut out = map.rows[row]
-                .write()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut out = map.row_mut(row);
             let Self { idle, scratch, .. } = self;
             pooled_row_of_image(network, image, 1, row, &strip, idle, scratch, &mut out);
             self.clock(1, started);
@@ -353,26 +283,24 @@ impl Worker {
         let layer = previous + 2;
         for row in rows {
             let started = self.times.is_some().then(cpu_time);
-            let input = &shared.maps[previous].rows[2 * row..][..STRIP_ROWS];
-            let strip: [_; STRIP_ROWS] = std::array::from_fn(|i| lock(&input[i]));
+            let input = &shared.maps[previous];
+            let strip: [_; STRIP_ROWS] = std::array::from_fn(|i| input.row(2 * row + i));
             let strip: [&[u8]; STRIP_ROWS] = std::array::from_fn(|i| strip[i].as_slice());
-            let mut out = shared.maps[previous + 1].rows[row]
-                .write()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut out = shared.maps[previous + 1].row_mut(row);
             pooled_row(&shared.network, layer, &strip, &mut self.scratch, &mut out);
             self.clock(layer, started);
         }
     }
 
     /// The dense layers; every thread gathers its own copy of a layer's input.
-    fn dense(&mut self, shared: &Shared) -> f32 {
+    fn dense(&mut self, shared: &Shared, meeting: &Meeting) -> f32 {
         let network = &*shared.network;
         let mut logit = f32::NAN;
         for (index, layer) in network.dense.iter().enumerate() {
             let started = self.times.is_some().then(cpu_time);
             let is_last = index + 1 == network.dense.len();
-            let neurons = match (is_last, self.index) {
-                (false, _) => share(layer.n_outputs(), self.index, shared.n_threads),
+            let neurons = match (is_last, self.place.index) {
+                (false, _) => self.place.share(layer.n_outputs()),
                 (true, 0) => 0..1,
                 (true, _) => return logit,
             };
@@ -399,8 +327,8 @@ impl Worker {
                 }
             }
             self.clock(network.convolutions.len() + index, started);
-            if shared.n_threads > 1 && !is_last {
-                shared.barrier.wait();
+            if !is_last {
+                meeting.wait();
             }
         }
         logit
@@ -429,8 +357,8 @@ fn flatten(shared: &Shared, features: &mut [u8]) {
         return;
     };
     let [rows, columns] = convolution.pooled;
-    for (row_index, row) in map.rows.iter().enumerate() {
-        let row = lock(row);
+    for row_index in 0..map.n_rows() {
+        let row = map.row(row_index);
         for (channel, plane) in features.chunks_exact_mut(rows * columns).enumerate() {
             let line = &mut plane[row_index * columns..][..columns];
             for (to, from) in line

@@ -49,6 +49,7 @@ fn a_slice_allocates_nothing_after_the_first() {
             &Options {
                 kernel: None,
                 threads,
+                ..Options::default()
             },
         )
         .unwrap();

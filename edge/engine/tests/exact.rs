@@ -30,6 +30,7 @@ fn check(seed: u64, image: [usize; 3], convolutions: &[usize], dense: &[usize]) 
                 &Options {
                     kernel: Some(kernel),
                     threads,
+                    ..Options::default()
                 },
             )
             .unwrap();
@@ -101,6 +102,7 @@ fn constant_regions_are_exact() {
                 let options = Options {
                     kernel: Some(kernel),
                     threads,
+                    ..Options::default()
                 };
                 let mut session = Model::load(&file, &options).unwrap().session();
                 let mut logit = [0.0];

@@ -54,6 +54,7 @@ fn convolutions_of_another_graph_run_on_our_kernels() {
         let options = Options {
             kernel: Some(kernel),
             threads: 1,
+            ..Options::default()
         };
         let model = Model::load(&file, &options).unwrap();
         assert_eq!(model.kernel(), None, "tract runs the graph");

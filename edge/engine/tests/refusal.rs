@@ -63,6 +63,7 @@ fn options_out_of_range_are_refused() {
         let options = Options {
             kernel: None,
             threads,
+            ..Options::default()
         };
         assert!(matches!(Model::load(&file, &options), Err(LoadError::Threads(n)) if n == threads));
     }
@@ -72,6 +73,7 @@ fn options_out_of_range_are_refused() {
     let options = Options {
         kernel: absent,
         threads: 1,
+        ..Options::default()
     };
     assert!(
         matches!(Model::load(&file, &options), Err(LoadError::Kernel(kernel)) if Some(kernel) == absent)

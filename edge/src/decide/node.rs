@@ -63,6 +63,7 @@ pub(crate) async fn start(node: &Arc<NodeState>) -> Result<Deciding, Failure> {
             model: loading.model.clone(),
             threads: loading.threads,
             kernel: None,
+            float: false,
         };
         load(&models, &arguments)
     });

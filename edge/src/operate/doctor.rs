@@ -318,6 +318,7 @@ fn model(config: &Config) -> Check {
         model: None,
         threads: config.threads,
         kernel: None,
+        float: false,
     }
     .options();
     match ReadyModel::load(path.as_deref(), &options) {

@@ -25,6 +25,7 @@ mod avx512vnni;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
 mod cpu_time;
+pub(crate) mod float;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -42,7 +43,7 @@ mod winograd;
 
 pub(crate) use cpu_time::cpu_time;
 pub(crate) use packing::{PackedBlock, Unpacked, pack};
-pub(crate) use peak::peak_macs_per_second;
+pub(crate) use peak::{float_peak_macs_per_second, peak_macs_per_second};
 pub(crate) use winograd::{WinogradLayer, WinogradScratch, is_exact};
 
 /// An implementation of the arithmetic for one instruction set. All give the same bits.

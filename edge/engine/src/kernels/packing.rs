@@ -126,19 +126,23 @@ fn pack_even_odd(weights: &[u8], packed: &mut [u8], lane: usize, lanes: usize) {
     }
 }
 
-/// Bytes that start at a cache line, so that no vector load crosses one.
+/// Numbers that start at a cache line, so that no vector load crosses one.
 #[derive(Debug)]
-pub(crate) struct AlignedBytes {
-    storage: Vec<u8>,
+pub(crate) struct Aligned<T> {
+    storage: Vec<T>,
     start: usize,
     len: usize,
 }
 
-impl AlignedBytes {
+/// Packed s8 or i16 weights.
+pub(crate) type AlignedBytes = Aligned<u8>;
+
+impl<T: Copy + Default> Aligned<T> {
     /// `len` zeros.
     pub(crate) fn zeroed(len: usize) -> Self {
-        let storage = vec![0; len + LINE];
-        let start = storage.as_ptr().align_offset(LINE).min(LINE);
+        let spare = LINE / size_of::<T>();
+        let storage = vec![T::default(); len + spare];
+        let start = storage.as_ptr().align_offset(LINE).min(spare);
         Self {
             storage,
             start,
@@ -147,16 +151,16 @@ impl AlignedBytes {
     }
 }
 
-impl std::ops::Deref for AlignedBytes {
-    type Target = [u8];
+impl<T> std::ops::Deref for Aligned<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[u8] {
+    fn deref(&self) -> &[T] {
         &self.storage[self.start..][..self.len]
     }
 }
 
-impl std::ops::DerefMut for AlignedBytes {
-    fn deref_mut(&mut self) -> &mut [u8] {
+impl<T> std::ops::DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         &mut self.storage[self.start..][..self.len]
     }
 }

@@ -164,26 +164,56 @@ impl Network {
                 value = file.requantize(&value, scale);
             }
         }
-        let last = file.graph.node.last_mut().unwrap();
-        last.output = vec!["logit".into()];
-        let probability = file.node("Sigmoid", &["logit"], vec![]);
-        file.graph.input = vec![tensor("image", DataType::Uint8, &self.image)];
-        file.graph.output = vec![
-            tensor("logit", DataType::Float, &[1]),
-            tensor(&probability, DataType::Float, &[1]),
-        ];
-        let opset = OperatorSetIdProto {
-            version: 13,
-            ..OperatorSetIdProto::default()
+        file.finish(&self.image)
+    }
+
+    /// The same network as a float file, in the form of `trainer export`: weights and biases in real numbers.
+    pub(crate) fn float_file(&self) -> Vec<u8> {
+        let mut file = File {
+            graph: GraphProto::default(),
+            n: 0,
         };
-        let graph = Some(file.graph);
-        ModelProto {
-            ir_version: 7,
-            opset_import: vec![opset],
-            graph,
-            ..ModelProto::default()
+        let cast = file.node("Cast", &["image"], vec![integer("to", 1)]);
+        let scale = file.floats(&[1.0 / 255.0], &[]);
+        let mut value = file.node("Mul", &[&cast, &scale], vec![]);
+        for layer in &self.convolutions {
+            value = file.float_layer("Conv", &value, layer, &[3, 3]);
+            value = file.node("Relu", &[&value], vec![]);
+            let attributes = vec![
+                integers("kernel_shape", &[2, 2]),
+                integers("strides", &[2, 2]),
+            ];
+            value = file.node("MaxPool", &[&value], attributes);
         }
-        .encode_to_vec()
+        value = file.node("Flatten", &[&value], vec![]);
+        for (index, layer) in self.dense.iter().enumerate() {
+            value = file.float_layer("Gemm", &value, layer, &[]);
+            if index + 1 < self.dense.len() {
+                value = file.node("Relu", &[&value], vec![]);
+            }
+        }
+        file.finish(&self.image)
+    }
+
+    /// The logit of [`Self::float_file`] by definition, in f64.
+    pub(crate) fn float_logit(&self, image: &[u8]) -> f64 {
+        let [_, mut rows, mut columns] = self.image;
+        let mut map: Vec<f64> = image.iter().map(|&x| f64::from(x) / 255.0).collect();
+        for layer in &self.convolutions {
+            (map, rows, columns) = layer.convolve_float(&map, rows, columns);
+        }
+        for (index, layer) in self.dense.iter().enumerate() {
+            let neurons = layer.real_weights();
+            let neurons = neurons.chunks_exact(layer.n_inputs).zip(layer.real_bias());
+            let sums = neurons.map(|(weights, bias)| {
+                let products = weights.iter().zip(&map).map(|(&w, &x)| f64::from(w) * x);
+                f64::from(bias) + products.sum::<f64>()
+            });
+            let is_last = index + 1 == self.dense.len();
+            let floor = if is_last { f64::NEG_INFINITY } else { 0.0 };
+            map = sums.map(|sum| sum.max(floor)).collect();
+        }
+        map[0]
     }
 }
 
@@ -219,6 +249,44 @@ fn layer(
 }
 
 impl Layer {
+    fn real_weights(&self) -> Vec<f32> {
+        let filters = self.weights.chunks_exact(self.n_inputs);
+        let filters = filters.zip(&self.weight_scales);
+        filters
+            .flat_map(|(filter, &scale)| filter.iter().map(move |&w| f32::from(w) * scale))
+            .collect()
+    }
+
+    fn real_bias(&self) -> Vec<f32> {
+        let bias = self.bias.iter().zip(&self.weight_scales);
+        bias.map(|(&bias, &scale)| bias as f32 * (self.input_scale * scale))
+            .collect()
+    }
+
+    fn convolve_float(&self, map: &[f64], rows: usize, columns: usize) -> (Vec<f64>, usize, usize) {
+        let (pooled_rows, pooled_columns) = ((rows - 2) / 2, (columns - 2) / 2);
+        let mut out = Vec::new();
+        let filters = self.real_weights();
+        for (filter, bias) in filters.chunks_exact(self.n_inputs).zip(self.real_bias()) {
+            for position in 0..pooled_rows * pooled_columns {
+                let (top, left) = (
+                    2 * (position / pooled_columns),
+                    2 * (position % pooled_columns),
+                );
+                let at = |shift: usize| {
+                    let products = filter.iter().enumerate().map(|(tap, &weight)| {
+                        let row = top + shift / 2 + tap / 3 % 3;
+                        let column = left + shift % 2 + tap % 3;
+                        f64::from(weight) * map[(tap / 9 * rows + row) * columns + column]
+                    });
+                    products.sum::<f64>() + f64::from(bias)
+                };
+                out.push((0..4).map(at).fold(0.0, f64::max));
+            }
+        }
+        (out, pooled_rows, pooled_columns)
+    }
+
     fn quantized(&self, channel: usize, sum: i64) -> u8 {
         let scale = (self.input_scale * self.weight_scales[channel]) / self.output_scale.unwrap();
         (sum as f32 * scale).round_ties_even().clamp(0.0, 255.0) as u8
@@ -305,6 +373,50 @@ impl File {
         let name = self.floats(&[scale], &[]);
         let quantized = self.node("QuantizeLinear", &[value, &name, "zero"], vec![]);
         self.dequantize(&quantized, scale)
+    }
+
+    /// Names the last value `logit`, adds the probability, and writes the file.
+    fn finish(mut self, image: &[usize]) -> Vec<u8> {
+        let last = self.graph.node.last_mut().unwrap();
+        last.output = vec!["logit".into()];
+        let probability = self.node("Sigmoid", &["logit"], vec![]);
+        self.graph.input = vec![tensor("image", DataType::Uint8, image)];
+        self.graph.output = vec![
+            tensor("logit", DataType::Float, &[1]),
+            tensor(&probability, DataType::Float, &[1]),
+        ];
+        let opset = OperatorSetIdProto {
+            version: 13,
+            ..OperatorSetIdProto::default()
+        };
+        let graph = Some(self.graph);
+        ModelProto {
+            ir_version: 7,
+            opset_import: vec![opset],
+            graph,
+            ..ModelProto::default()
+        }
+        .encode_to_vec()
+    }
+
+    fn float_layer(
+        &mut self,
+        op_type: &str,
+        value: &str,
+        layer: &Layer,
+        kernel: &[usize],
+    ) -> String {
+        let n = layer.bias.len();
+        let taps: usize = kernel.iter().product();
+        let dims = [&[n, layer.n_inputs / taps], kernel].concat();
+        let weights = self.floats(&layer.real_weights(), &dims);
+        let bias = self.floats(&layer.real_bias(), &[n]);
+        let attributes = if kernel.is_empty() {
+            vec![integer("transB", 1)]
+        } else {
+            vec![]
+        };
+        self.node(op_type, &[value, &weights, &bias], attributes)
     }
 
     fn layer(&mut self, op_type: &str, value: &str, layer: &Layer, kernel: &[usize]) -> String {

@@ -1,0 +1,148 @@
+//! Threads that run one image together, round after round.
+//!
+//! In: a [`Work`], which says what one thread of several does, and images. Out: the logit that the calling thread, index 0, computed.
+//! The helpers are started once; a round of the barrier starts each image.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier, PoisonError, RwLock};
+use std::thread::JoinHandle;
+
+/// What a crew does.
+pub(crate) trait Work: Send + Sync + 'static {
+    /// One thread's own buffers.
+    type Worker: Send + 'static;
+
+    /// The buffers of one thread.
+    fn worker(&self, place: Place) -> Self::Worker;
+
+    /// One thread's part of an image. The logit counts on the calling thread alone.
+    fn run(&self, worker: &mut Self::Worker, image: &[u8], meeting: &Meeting) -> f32;
+
+    /// Bytes of one image.
+    fn image_bytes(&self) -> usize;
+}
+
+/// Which of how many threads one is; the calling one has index 0.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) index: usize,
+    pub(crate) n_threads: usize,
+}
+
+impl Place {
+    /// The part of `0..n` that this thread does.
+    pub(crate) fn share(self, n: usize) -> Range<usize> {
+        n * self.index / self.n_threads..n * (self.index + 1) / self.n_threads
+    }
+}
+
+/// Where the threads wait for each other.
+#[derive(Debug)]
+pub(crate) struct Meeting(Barrier);
+
+impl Meeting {
+    /// Waits until every thread of the crew is here.
+    pub(crate) fn wait(&self) {
+        self.0.wait();
+    }
+}
+
+/// Work, the calling thread's buffers, and the other threads.
+#[derive(Debug)]
+pub(crate) struct Crew<W: Work> {
+    shared: Arc<Shared<W>>,
+    worker: W::Worker,
+    helpers: Vec<JoinHandle<()>>,
+    n_threads: usize,
+}
+
+#[derive(Debug)]
+struct Shared<W> {
+    work: W,
+    image: RwLock<Vec<u8>>,
+    meeting: Meeting,
+    is_stopping: AtomicBool,
+}
+
+impl<W: Work> Crew<W> {
+    /// Allocates every thread's buffers and starts `n_threads - 1` helpers.
+    pub(crate) fn new(work: W, n_threads: usize) -> std::io::Result<Self> {
+        let place = |index| Place { index, n_threads };
+        let image_bytes = if n_threads > 1 { work.image_bytes() } else { 0 };
+        let worker = work.worker(place(0));
+        let shared = Arc::new(Shared {
+            work,
+            image: RwLock::new(vec![0; image_bytes]),
+            meeting: Meeting(Barrier::new(n_threads)),
+            is_stopping: AtomicBool::new(false),
+        });
+        let mut crew = Self {
+            shared,
+            worker,
+            helpers: Vec::new(),
+            n_threads,
+        };
+        for index in 1..n_threads {
+            let shared = Arc::clone(&crew.shared);
+            let mut worker = shared.work.worker(place(index));
+            let helper = std::thread::Builder::new().name(format!("engine-{index}"));
+            crew.helpers
+                .push(helper.spawn(move || shared.help(&mut worker))?);
+        }
+        Ok(crew)
+    }
+
+    /// The logit of one image of [`Work::image_bytes`] u8.
+    pub(crate) fn logit(&mut self, image: &[u8]) -> f32 {
+        let Self { shared, worker, .. } = self;
+        if self.n_threads > 1 {
+            shared
+                .image
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .copy_from_slice(image);
+            shared.meeting.wait();
+        }
+        shared.work.run(worker, image, &shared.meeting)
+    }
+
+    pub(crate) fn work(&self) -> &W {
+        &self.shared.work
+    }
+
+    /// The calling thread's buffers.
+    pub(crate) fn worker(&self) -> &W::Worker {
+        &self.worker
+    }
+
+    pub(crate) fn worker_mut(&mut self) -> &mut W::Worker {
+        &mut self.worker
+    }
+}
+
+impl<W: Work> Shared<W> {
+    fn help(&self, worker: &mut W::Worker) {
+        loop {
+            self.meeting.wait();
+            if self.is_stopping.load(Ordering::Relaxed) {
+                return;
+            }
+            let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
+            self.work.run(worker, &image, &self.meeting);
+        }
+    }
+}
+
+impl<W: Work> Drop for Crew<W> {
+    fn drop(&mut self) {
+        // Only where every helper was started do they wait at the barrier with us; otherwise they are left waiting.
+        self.shared.is_stopping.store(true, Ordering::Relaxed);
+        if self.helpers.len() + 1 == self.n_threads && !self.helpers.is_empty() {
+            self.shared.meeting.wait();
+            for helper in self.helpers.drain(..) {
+                drop(helper.join());
+            }
+        }
+    }
+}
