@@ -262,6 +262,7 @@ fn self_test(int8: &[u8]) -> anyhow::Result<Vec<SelfTest>> {
     let options = engine::Options {
         kernel: Some(engine::Kernel::Scalar),
         threads: rayon::current_num_threads(),
+        ..engine::Options::default()
     };
     let model = engine::Model::load(int8, &options).context("loading the quantized file")?;
     let mut session = model.session();
