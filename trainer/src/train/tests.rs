@@ -1,0 +1,246 @@
+use super::run::append;
+use super::*;
+use crate::cache::{CacheManifest, FORMAT_VERSION};
+use crate::index::{Part, Row, to_csv};
+use crate::quantization_aware;
+use crate::random::Random;
+use shared::TENSOR_BYTES;
+use shared::manifest::DataKind;
+use shared::uid::Uid;
+
+/// A cache of `n` images of noise, those with PE a little brighter; two of ten are for validation.
+fn cache(folder: &Path, n: usize) -> Cache {
+    let mut random = Random::new(9, 0);
+    let (mut tensors, mut rows) = (Vec::new(), Vec::new());
+    for index in 0..n {
+        let pe_present = index % 2 == 1;
+        let offset = if pe_present { 40 } else { 0 };
+        tensors
+            .extend((0..TENSOR_BYTES).map(|_| u8::try_from(random.below(200) + offset).unwrap()));
+        let uid = |text: String| Uid::new(&text).unwrap();
+        rows.push(Row {
+            study_uid: uid(format!("1.2.{index}")),
+            series_uid: uid(format!("1.2.{index}.1")),
+            sop_uid: uid(format!("1.2.{index}.1.1")),
+            part: if index % 10 < 8 {
+                Part::Train
+            } else {
+                Part::Val
+            },
+            pe_present,
+            exam_labels: None,
+            z_mm: None,
+            manufacturer: None,
+            spacing_mm: None,
+        });
+    }
+    let manifest = CacheManifest {
+        format_version: FORMAT_VERSION,
+        preprocess: shared::spec::PreprocessSpec::default(),
+        kind: DataKind::Phantom,
+        source: "test".into(),
+        source_digest: "0".repeat(64),
+        split: "study".into(),
+        n_rows: n as u64,
+        tensors_digest: "1".repeat(64),
+        index_digest: "2".repeat(64),
+        left_out: Vec::new(),
+    };
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join("tensors.u8"), tensors).unwrap();
+    fs::write(folder.join("index.csv"), to_csv(&rows).unwrap()).unwrap();
+    fs::write(
+        folder.join("manifest.json"),
+        serde_json::to_string(&manifest).unwrap(),
+    )
+    .unwrap();
+    Cache::open(folder).unwrap()
+}
+
+fn options() -> TrainOptions {
+    TrainOptions {
+        width: 0.001,
+        epochs: Some(2),
+        batch: 6,
+        seed: 5,
+        ..TrainOptions::default()
+    }
+}
+
+fn weights(run: &Path) -> Vec<u8> {
+    fs::read(run.join(WEIGHTS_FILE)).unwrap()
+}
+
+#[test]
+fn weights_are_the_same_bits_for_every_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 20);
+    let mut found = Vec::new();
+    for threads in [1, 2, 5] {
+        let out = folder.path().join(threads.to_string());
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        let summary = pool.install(|| train(&options(), &cache, &out)).unwrap();
+        assert_eq!(
+            (summary.steps, summary.epochs, summary.is_stopped),
+            (6, 2, false)
+        );
+        found.push(weights(&out));
+    }
+    assert!(found.iter().all(|weights| *weights == found[0]));
+    let history = fs::read_to_string(folder.path().join("1/history.csv")).unwrap();
+    assert_eq!(history.lines().count(), 7);
+    assert!(history.starts_with("step,epoch,loss\n1,1,"));
+}
+
+#[test]
+fn stopped_run_continues_to_the_same_weights_and_tables() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 20);
+    let options = TrainOptions {
+        augmentation: Augmentation {
+            flip: true,
+            shift: 3,
+        },
+        ..options()
+    };
+    let whole = folder.path().join("whole");
+    train(&options, &cache, &whole).unwrap();
+    let parts = folder.path().join("parts");
+    // Stopped before its first step, which leaves a checkpoint; then, as by a kill, rows written past it.
+    assert!(
+        train_until(&options, &cache, &parts, &AtomicBool::new(true))
+            .unwrap()
+            .is_stopped
+    );
+    let resumed = TrainOptions {
+        resume: true,
+        ..options.clone()
+    };
+    writeln!(append(&parts.join("history.csv")).unwrap(), "1,1,9.5").unwrap();
+    assert!(
+        train(&options, &cache, &parts).is_err(),
+        "a run is not overwritten without --resume"
+    );
+    train(&resumed, &cache, &parts).unwrap();
+    assert!(weights(&whole) == weights(&parts));
+    let history = |run: &Path| fs::read_to_string(run.join("history.csv")).unwrap();
+    assert_eq!(history(&whole), history(&parts));
+    let other = TrainOptions { seed: 6, ..resumed };
+    let message = format!("{:#}", train(&other, &cache, &parts).unwrap_err());
+    assert!(message.contains("was started as"), "{message}");
+}
+
+#[test]
+fn frozen_backbone_keeps_its_weights_and_needs_to_know_where_they_come_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 10);
+    let frozen = TrainOptions {
+        model: "resnet50-frozen".into(),
+        ..options()
+    };
+    let error = train(&frozen, &cache, &folder.path().join("none")).unwrap_err();
+    assert!(format!("{error:#}").contains("--random-init"), "{error:#}");
+    let random = TrainOptions {
+        random_init: true,
+        ..frozen.clone()
+    };
+    let run = folder.path().join("run");
+    train(&random, &cache, &run).unwrap();
+    // Its own weights are first weights too, as torchvision's are; those it began with come back from a run of no epochs.
+    let first = folder.path().join("first");
+    let begun = TrainOptions {
+        epochs: Some(0),
+        ..random
+    };
+    train(&begun, &cache, &first).unwrap();
+    let read = |run: &Path| {
+        crate::export::read_weights(&run.join(WEIGHTS_FILE))
+            .unwrap()
+            .2
+    };
+    let (before, after) = (read(&first), read(&run));
+    for (name, weight) in &before {
+        assert_eq!(*weight == after[name], !name.starts_with("fc."), "{name}");
+    }
+    let from_file = TrainOptions {
+        init: Some(first.join(WEIGHTS_FILE)),
+        ..frozen
+    };
+    let again = folder.path().join("again");
+    train(&from_file, &cache, &again).unwrap();
+    assert!(read(&again) == after);
+}
+
+#[test]
+fn quantization_aware_run_continues_to_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 20);
+    let options = TrainOptions {
+        model: "vanilla".into(),
+        qat_epochs: 1,
+        ..options()
+    };
+    let whole = folder.path().join("whole");
+    train(&options, &cache, &whole).unwrap();
+    assert!(whole.join(quantization_aware::FILE_NAME).exists());
+    let parts = folder.path().join("parts");
+    let stop = AtomicBool::new(true);
+    assert!(
+        train_until(&options, &cache, &parts, &stop)
+            .unwrap()
+            .is_stopped
+    );
+    let resumed = TrainOptions {
+        resume: true,
+        ..options.clone()
+    };
+    train(&resumed, &cache, &parts).unwrap();
+    assert!(weights(&whole) == weights(&parts));
+    let transfer = TrainOptions {
+        model: "resnet50".into(),
+        random_init: true,
+        ..options
+    };
+    let error = train(&transfer, &cache, &folder.path().join("other")).unwrap_err();
+    assert_eq!(crate::exit::code_of(&error), Exit::Usage);
+}
+
+#[test]
+fn order_file_fixes_the_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 10);
+    let order = folder.path().join("order.csv");
+    fs::write(&order, "0 1 2\n3 4\n").unwrap();
+    let ordered = TrainOptions {
+        order: Some(order.clone()),
+        ..options()
+    };
+    assert_eq!(
+        train(&ordered, &cache, &folder.path().join("a"))
+            .unwrap()
+            .steps,
+        2
+    );
+    fs::write(&order, "0 10\n").unwrap();
+    assert!(train(&ordered, &cache, &folder.path().join("b")).is_err());
+}
+
+#[test]
+fn sgd_loss_falls_on_separable_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 20);
+    let vanilla = TrainOptions {
+        model: "vanilla".into(),
+        epochs: Some(6),
+        learning_rate: Some(0.03),
+        ..options()
+    };
+    train(&vanilla, &cache, &folder.path().join("run")).unwrap();
+    let epochs = fs::read_to_string(folder.path().join("run/epochs.csv")).unwrap();
+    let loss = |line: &str| line.split(',').nth(1).unwrap().parse::<f64>().unwrap();
+    let losses: Vec<f64> = epochs.lines().skip(1).map(loss).collect();
+    assert!(losses[5] < losses[0], "{losses:?}");
+}
