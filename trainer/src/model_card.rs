@@ -83,6 +83,12 @@ pub fn text(evaluation: &Evaluation, manifest: Option<&Manifest>) -> String {
             show(&control.auroc)
         ));
     }
+    if let Some(rsna) = &evaluation.rsna_loss {
+        line(&format!(
+            "\n{}. Exam labels other than `negative_exam_for_pe` are predicted by their share in the training part.",
+            rsna.sentence()
+        ));
+    }
     line("\n## Limits\n");
     line(
         "- One slice at a time: an embolus that shows only in the course of a vessel through several slices is seen late or not at all.",

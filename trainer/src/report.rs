@@ -7,7 +7,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use shared::{RESEARCH_USE, SIDE};
 
 use crate::cache::Cache;
-use crate::evaluate::{Evaluation, Figures, Miss, show};
+use crate::evaluate::{Evaluation, Figures, Miss, RsnaLoss, show};
 use crate::metrics::NAMES;
 use crate::plots;
 
@@ -84,6 +84,10 @@ pub fn page(evaluation: &Evaluation, cache: &Cache, run: &Path) -> Result<String
                 h2 { "Controls" }
                 p class="soft" { "What one gets without looking at the vessels: an honest model is far above the last two, and shuffled labels give 0.5." }
                 (controls(evaluation))
+                @if let Some(rsna) = &evaluation.rsna_loss {
+                    h2 { "The RSNA challenge's loss" }
+                    (rsna_loss(rsna))
+                }
                 h2 { "Subgroups" }
                 p class="soft" { "A label of embolus: its positive slices among all negative ones. Any other: the slices of those exams." }
                 (subgroups(evaluation))
@@ -204,6 +208,25 @@ fn controls(evaluation: &Evaluation) -> Markup {
             tr { td { "the model" } td { (evaluation.slice.values.get("auroc").map_or_else(String::new, show)) } }
             @for control in &evaluation.controls { tr { td { (control.name) } td { (show(&control.auroc)) } } }
         } }
+    }
+}
+
+fn rsna_loss(rsna: &RsnaLoss) -> Markup {
+    html! {
+        p class="soft" {
+            "Predicted: images from logits and " code { "negative_exam_for_pe" } " from the study score, both calibrated on the validation part. The other exam labels
+            the model cannot know; they are predicted by their share of the training part's exams. Constants: images and all labels so."
+        }
+        div class="card scroll" { table {
+            tr { th { "prediction" } th { "weighted log loss, " (rsna.n_exams) " exams" } }
+            tr { td { "the model" } td { (show(&rsna.loss)) } }
+            tr { td { "constants" } td { (show(&rsna.constant_loss)) } }
+            @for (label, share) in &rsna.predicted_by_prevalence {
+                tr { td { (label) " is predicted as" } td { (format!("{share:.3}")) } }
+            }
+        }
+        p class="soft" { "The model's predictions of " (rsna.n_inconsistent) " exams break the challenge's rules of label consistency, which would refuse them." }
+        }
     }
 }
 

@@ -110,6 +110,15 @@ pub(super) fn study_rule(cache: &Cache, validation: &Judged) -> StudyRule {
 
 /// One sample a study: the score of its best series, and whether any slice shows an embolus.
 pub(super) fn study_samples(cache: &Cache, judged: &Judged, rule: &StudyRule) -> Vec<Sample> {
+    study_scores(cache, judged, rule).into_values().collect()
+}
+
+/// As [`study_samples`], by Study Instance UID.
+pub(super) fn study_scores<'a>(
+    cache: &'a Cache,
+    judged: &Judged,
+    rule: &StudyRule,
+) -> BTreeMap<&'a str, Sample> {
     let mut studies: BTreeMap<&str, Sample> = BTreeMap::new();
     let pairs: Vec<(usize, f32)> = judged
         .rows
@@ -135,7 +144,7 @@ pub(super) fn study_samples(cache: &Cache, judged: &Judged, rule: &StudyRule) ->
         study.logit = study.logit.max(score);
         study.pe_present |= pe_present;
     }
-    studies.into_values().collect()
+    studies
 }
 
 #[cfg(test)]

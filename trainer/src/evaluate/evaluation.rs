@@ -6,6 +6,7 @@ use serde::Serialize;
 use shared::manifest::{DataKind, Level, Metric, OperatingPoint};
 use shared::study::StudyRule;
 
+use super::RsnaLoss;
 use crate::bootstrap::Interval;
 use crate::index::Part;
 
@@ -121,6 +122,8 @@ pub struct Evaluation {
     pub subgroups: Vec<Subgroup>,
     /// Controls.
     pub controls: Vec<ControlFigure>,
+    /// The RSNA challenge's loss, where the data has exam labels and the split is by study.
+    pub rsna_loss: Option<RsnaLoss>,
     /// The worst misses.
     pub misses: Vec<Miss>,
     /// Curves for the plots.

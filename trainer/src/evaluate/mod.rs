@@ -7,6 +7,7 @@
 mod breakdown;
 mod choose;
 mod evaluation;
+mod exams;
 mod measure;
 
 use std::collections::HashMap;
@@ -21,6 +22,8 @@ use shared::manifest::Level;
 use self::breakdown::{control_figures, misses, subgroups};
 use self::choose::choose;
 pub use self::evaluation::{ControlFigure, Counts, Curves, Evaluation, Figures, Miss, Subgroup};
+pub use self::exams::RsnaLoss;
+use self::exams::rsna_loss;
 use self::measure::{false_positives, measure};
 use crate::bootstrap::Interval;
 use crate::cache::{Cache, write_atomically};
@@ -156,6 +159,10 @@ pub fn table(evaluation: &Evaluation) -> String {
     }
     let counts = levels.map(|(_, figures)| format!("{} of {}", figures.n_positive, figures.n));
     line(["positive", &counts[0], &counts[1], &counts[2]]);
+    if let Some(rsna) = &evaluation.rsna_loss {
+        // As above.
+        _ = writeln!(text, "{}", rsna.sentence());
+    }
     if let Some(leak) = evaluation.leak {
         text.push_str(leak);
         text.push('\n');
@@ -212,6 +219,12 @@ pub fn evaluate(
         }
     }
     let chosen = choose(cache, &validation)?;
+    let rsna_loss = (split_by == split::SplitBy::Study)
+        .then(|| {
+            let training = rows_of(Part::Train);
+            rsna_loss(cache, &training, &validation, &measured, &chosen.rule, seed)
+        })
+        .flatten();
     let (figures, curves) = measure(cache, &measured, &chosen, seed);
     let controls = control_figures(cache, &rows_of(Part::Train), &measured, seed);
     Ok(Evaluation {
@@ -243,6 +256,7 @@ pub fn evaluate(
         slice_balanced_half: figures.balanced_half,
         study: figures.study,
         controls,
+        rsna_loss,
         curves,
     })
 }
