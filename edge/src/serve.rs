@@ -26,7 +26,7 @@ use crate::operate::audit::{Audit, Event};
 use crate::operate::metrics::Metrics;
 use crate::operate::model_store::ModelStore;
 use crate::send::outbox::Outbox;
-use crate::{operate, page, send};
+use crate::{commitment, operate, page, send};
 
 /// Threads of the runtime; the network and the worker have their own.
 const RUNTIME_THREADS: usize = 2;
@@ -135,7 +135,10 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let (reload, config) = watch::channel(Arc::new(config));
     let (stop, stopping) = watch::channel(false);
     let (tls, identity) = watch::channel(load_tls(&config.borrow())?);
-    let intake = Arc::new(Intake::new(Arc::clone(&spool), config.clone(), identity));
+    let page_changed = broadcast::channel(PAGE_CHANGES).0;
+    let commitments = commitment::node::open(&store.database(), &spool, &audit, &page_changed)?;
+    let intake = Intake::new(Arc::clone(&spool), config.clone(), identity, commitments);
+    let intake = Arc::new(intake);
     intake.visitors.audit_to(Arc::clone(&audit));
     let counters = Arc::<Counters>::default();
     let metrics = Metrics {
@@ -154,7 +157,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         stopping,
         started: Instant::now(),
         metrics,
-        page_changed: broadcast::channel(PAGE_CHANGES).0,
+        page_changed,
         slices: page::slices::Slices::default(),
         audit,
         models,
@@ -176,6 +179,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
     let watching = operate::watch::start(&node);
     let sending = send::node::start(&node)?;
+    commitment::node::start(&node);
     let deciding = decide::node::start(&node).await?;
     operate::watch::started(&node);
     while let Asked::Reload = signals.next().await {

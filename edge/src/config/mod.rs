@@ -60,6 +60,8 @@ pub(crate) struct Config {
     pub(crate) pacs: Option<Pacs>,
     /// What is kept, and for how long.
     pub(crate) retention: Retention,
+    /// Whether this node commits to what peers store here.
+    pub(crate) commitment: Option<Commitment>,
     /// DICOM over TLS.
     pub(crate) tls: Option<Tls>,
     /// Results as JSON by HTTP POST.
@@ -77,6 +79,15 @@ pub(crate) struct Config {
 pub(crate) struct Peer {
     /// Addresses and networks it may come from; empty: any.
     pub(crate) addresses: Vec<Network>,
+    /// Where reports of storage commitment go when its association is gone: host and port.
+    pub(crate) report_to: Option<(String, u16)>,
+}
+
+/// Storage commitment to peers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Commitment {
+    /// How long an instance is kept from the commitment on.
+    pub(crate) keep: Duration,
 }
 
 /// An address, or all addresses that share its first bits.
@@ -126,6 +137,8 @@ pub(crate) struct Pacs {
     pub(crate) secondary_capture: bool,
     /// Whether storage commitment is asked for.
     pub(crate) storage_commitment: bool,
+    /// How long the report may take.
+    pub(crate) commitment_timeout: Duration,
 }
 
 /// What is kept, and for how long.
@@ -166,6 +179,8 @@ pub(crate) struct Hl7 {
     pub(crate) host: String,
     /// Port.
     pub(crate) port: u16,
+    /// Whether MLLP goes over TLS, with the certificate of `[tls]`.
+    pub(crate) tls: bool,
     /// MSH-4.
     pub(crate) sending_facility: String,
     /// MSH-5.
@@ -387,6 +402,7 @@ mod tests {
     fn initial_file_wholly_uncommented_has_no_fault_and_names_every_key() {
         let config = parse(&uncomment(INITIAL)).unwrap();
         assert!(config.pacs.is_some() && config.tls.is_some() && config.stow.is_some());
+        assert!(config.commitment.is_some());
         let shown = show(&config);
         assert_eq!(parse(&shown), Ok(config), "{shown}");
         for line in shown.lines().filter(|line| line.contains(" = ")) {
@@ -429,6 +445,18 @@ mod tests {
         check_fault(
             "[pacs]\nhost = \"h\"\nae_title = \"A\"",
             "line 1, column 1: [pacs] needs port",
+        );
+        check_fault(
+            "[commitment]\nkeep_days = 7",
+            "line 2, column 13: keep_days must be less than [retention] max_age_days: nothing is kept for longer",
+        );
+        check_fault(
+            "[peers.CT1]\n[pacs]\nae_title = \"P\"\nhost = \"h\"\nport = 104\nstorage_commitment = true",
+            "line 2, column 1: [pacs] storage_commitment needs [peers.P] too: its reports come on associations of its own",
+        );
+        check_fault(
+            "[peers.CT1]\nreport_to = \"192.0.2.7\"",
+            "line 2, column 13: report_to: `192.0.2.7` is not HOST:PORT such as 192.0.2.7:104",
         );
         check_fault(
             "http_bind = \"0.0.0.0:80\"",

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::read::Section;
 use super::{
-    Config, Hl7, Limits, MAX_PEERS, Network, Pacs, Page, Peer, Retention, Stow, Tls, Webhook,
+    Commitment, Config, Hl7, Limits, MAX_PEERS, Network, Pacs, Page, Peer, Retention, Stow, Tls,
+    Webhook,
 };
 
 /// Reads all sections even where one has faults; `None` where something without a default is missing, with its fault kept.
@@ -28,9 +29,25 @@ pub(super) fn read_config(
     }
     let pacs = read_pacs(root);
     let tls = read_tls(root, folder);
+    let hl7 = read_hl7(root);
     if tls.is_none() && pacs.as_ref().is_some_and(|pacs| pacs.tls) {
         root.fault("pacs", "[pacs] tls = true needs a section [tls]");
     }
+    if tls.is_none() && hl7.as_ref().is_some_and(|hl7| hl7.tls) {
+        root.fault("hl7", "[hl7] tls = true needs a section [tls]");
+    }
+    if let Some(pacs) = pacs.as_ref().filter(|pacs| pacs.storage_commitment)
+        && !peers.is_empty()
+        && !peers.contains_key(&pacs.ae_title)
+    {
+        let message = format!(
+            "[pacs] storage_commitment needs [peers.{}] too: its reports come on associations of its own",
+            pacs.ae_title
+        );
+        root.fault("pacs", message);
+    }
+    let retention = read_retention(root);
+    let commitment = read_commitment(root, &retention);
     let state_dir = root.parsed("state_dir", path(folder)).or(state_dir);
     if state_dir.is_none() {
         root.fault(
@@ -56,10 +73,11 @@ pub(super) fn read_config(
         peers,
         limits: read_limits(root),
         pacs,
-        retention: read_retention(root),
+        retention,
+        commitment,
         tls,
         webhook: read_webhook(root, folder),
-        hl7: read_hl7(root),
+        hl7,
         stow: read_stow(root, folder),
         page,
         state_dir: state_dir?,
@@ -73,8 +91,13 @@ fn read_peers(root: &mut Section<'_>) -> BTreeMap<String, Peer> {
             section.fault("", format!("[peers]: {message}"));
         }
         let addresses = section.list("address", Network::parse);
+        let report_to = section.parsed("report_to", host_and_port);
         section.finish();
-        peers.insert(title, Peer { addresses });
+        let peer = Peer {
+            addresses,
+            report_to,
+        };
+        peers.insert(title, peer);
     }
     if peers.len() > MAX_PEERS {
         root.fault("peers", format!("[peers]: more than {MAX_PEERS}"));
@@ -122,6 +145,7 @@ fn read_pacs(root: &mut Section<'_>) -> Option<Pacs> {
     let tls = section.flag("tls", false);
     let secondary_capture = section.flag("secondary_capture", false);
     let storage_commitment = section.flag("storage_commitment", false);
+    let commitment_timeout = section.number("commitment_timeout_s", 0.05..=604_800.0);
     section.require("ae_title");
     section.require("host");
     section.require("port");
@@ -133,6 +157,7 @@ fn read_pacs(root: &mut Section<'_>) -> Option<Pacs> {
         tls,
         secondary_capture,
         storage_commitment,
+        commitment_timeout: seconds(commitment_timeout, 3600.0),
     })
 }
 
@@ -146,6 +171,20 @@ fn read_retention(root: &mut Section<'_>) -> Retention {
     };
     section.finish();
     retention
+}
+
+fn read_commitment(root: &mut Section<'_>, retention: &Retention) -> Option<Commitment> {
+    let mut section = root.section("commitment");
+    let days = section.number("keep_days", 0.0001..=365.0);
+    section.require("keep_days");
+    let keep = days.map(|days| Duration::from_secs_f64(days * 86_400.0));
+    if keep.is_some_and(|keep| keep >= retention.max_age) {
+        let message =
+            "keep_days must be less than [retention] max_age_days: nothing is kept for longer";
+        section.fault("keep_days", message);
+    }
+    section.finish();
+    Some(Commitment { keep: keep? })
 }
 
 fn read_tls(root: &mut Section<'_>, folder: &Path) -> Option<Tls> {
@@ -181,6 +220,7 @@ fn read_hl7(root: &mut Section<'_>) -> Option<Hl7> {
     let mut section = root.section("hl7");
     let host = section.checked_text("host", not_empty);
     let port = section.integer("port", 1..=u16::MAX);
+    let tls = section.flag("tls", false);
     let sending_facility = section.text("sending_facility").unwrap_or_default();
     let receiving_application = section.text("receiving_application").unwrap_or_default();
     let receiving_facility = section.text("receiving_facility").unwrap_or_default();
@@ -190,6 +230,7 @@ fn read_hl7(root: &mut Section<'_>) -> Option<Hl7> {
     Some(Hl7 {
         host: host?,
         port: port?,
+        tls,
         sending_facility,
         receiving_application,
         receiving_facility,
@@ -257,6 +298,17 @@ fn address(text: &str) -> Result<IpAddr, String> {
 fn socket_address(text: &str) -> Result<SocketAddr, String> {
     text.parse()
         .map_err(|_| format!("`{text}` is not ADDRESS:PORT such as 127.0.0.1:8080"))
+}
+
+fn host_and_port(text: &str) -> Result<(String, u16), String> {
+    let wrong = || format!("`{text}` is not HOST:PORT such as 192.0.2.7:104");
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let port = port.parse().map_err(|_| wrong())?;
+    if host.is_empty() || port == 0 {
+        return Err(wrong());
+    }
+    Ok((host.to_owned(), port))
 }
 
 fn path(folder: &Path) -> impl Fn(&str) -> Result<PathBuf, String> {

@@ -30,6 +30,9 @@ pub(crate) fn show(config: &Config) -> String {
         out.section(&format!("peers.{}", quoted(title)));
         let addresses: Vec<String> = peer.addresses.iter().map(ToString::to_string).collect();
         out.value("address", format!("{addresses:?}"));
+        if let Some((host, port)) = &peer.report_to {
+            out.text("report_to", &format!("{host}:{port}"));
+        }
     }
     channels(&mut out, config);
     out.text
@@ -65,6 +68,11 @@ fn channels(out: &mut Printer, config: &Config) {
         out.value("tls", pacs.tls);
         out.value("secondary_capture", pacs.secondary_capture);
         out.value("storage_commitment", pacs.storage_commitment);
+        out.seconds("commitment_timeout_s", pacs.commitment_timeout);
+    }
+    if let Some(commitment) = &config.commitment {
+        out.section("commitment");
+        out.value("keep_days", commitment.keep.as_secs_f64() / 86_400.0);
     }
     if let Some(tls) = &config.tls {
         out.section("tls");
@@ -81,6 +89,7 @@ fn channels(out: &mut Printer, config: &Config) {
         out.section("hl7");
         out.text("host", &hl7.host);
         out.value("port", hl7.port);
+        out.value("tls", hl7.tls);
         out.text("sending_facility", &hl7.sending_facility);
         out.text("receiving_application", &hl7.receiving_application);
         out.text("receiving_facility", &hl7.receiving_facility);

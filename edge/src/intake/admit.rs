@@ -12,10 +12,11 @@ use dicom_ul::pdu::{
     AssociationRJ, AssociationRJResult, AssociationRJServiceProviderASCEReason,
     AssociationRJServiceProviderPresentationReason, AssociationRJServiceUserReason,
     AssociationRJSource, PresentationContextProposed, PresentationContextResult,
-    PresentationContextResultReason,
+    PresentationContextResultReason, RequestorRoles, UserVariableItem,
 };
 use shared::dicom::{Decodable, decodable};
 
+use crate::commitment;
 use crate::config::{Config, Limits};
 
 /// The DICOM application context, PS3.7 annex A.
@@ -23,7 +24,8 @@ pub(super) const APPLICATION_CONTEXT: &str = "1.2.840.10008.3.1.1.1";
 /// Verification SOP Class.
 pub(crate) const VERIFICATION: &str = "1.2.840.10008.1.1";
 const EXPLICIT_LITTLE: &str = "1.2.840.10008.1.2.1";
-const IMPLICIT_LITTLE: &str = "1.2.840.10008.1.2";
+/// Implicit VR Little Endian.
+pub(super) const IMPLICIT_LITTLE: &str = "1.2.840.10008.1.2";
 
 /// What is done with objects of a class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +34,17 @@ pub(crate) enum Use {
     Verification,
     /// Stored and analysed.
     Analysed,
+    /// Nothing is stored: reports and, where configured, requests of storage commitment.
+    Commitment,
     /// Stored because auto-send brings it along; never analysed, purged first.
     Stored,
+}
+
+impl Use {
+    /// Whether objects of the class are stored.
+    pub(crate) fn is_storage(self) -> bool {
+        matches!(self, Self::Analysed | Self::Stored)
+    }
 }
 
 /// A SOP class that is accepted.
@@ -52,8 +63,13 @@ const fn class(uid: &'static str, name: &'static str, purpose: Use) -> SopClass 
 }
 
 /// Every SOP class that is accepted as SCP.
-pub(crate) static SOP_CLASSES: [SopClass; 20] = [
+pub(crate) static SOP_CLASSES: [SopClass; 21] = [
     class(VERIFICATION, "Verification", Use::Verification),
+    class(
+        commitment::SOP_CLASS_UID,
+        "Storage Commitment Push Model",
+        Use::Commitment,
+    ),
     class(
         "1.2.840.10008.5.1.4.1.1.2",
         "CT Image Storage",
@@ -257,17 +273,58 @@ pub(super) struct Context {
     pub(super) class: &'static SopClass,
     /// Its transfer syntax.
     pub(super) transfer_syntax: &'static str,
+    /// What we are in it, where it is about commitment.
+    pub(super) roles: Roles,
+}
+
+/// What we are towards storage commitment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Roles {
+    /// We asked, and take reports.
+    pub(super) is_user: bool,
+    /// We are asked, and report.
+    pub(super) is_provider: bool,
+}
+
+impl Roles {
+    /// What of it a peer proposes, who is user where it selects no role (PS3.7 annex D.3.3.4). Out: the roles, and the item that says so.
+    pub(super) fn agreed(self, proposed: &[UserVariableItem]) -> (Self, Option<UserVariableItem>) {
+        let theirs = proposed.iter().find_map(|item| match item {
+            UserVariableItem::ScuScpRoleSelectionSubItem(uid, roles) => {
+                (trim_uid(uid) == commitment::SOP_CLASS_UID).then_some(*roles)
+            }
+            _ => None,
+        });
+        let agreed = Self {
+            is_user: self.is_user && theirs.is_some_and(|theirs| theirs.scp),
+            is_provider: self.is_provider && theirs.is_none_or(|theirs| theirs.scu),
+        };
+        let item = theirs.map(|_| {
+            let roles = RequestorRoles {
+                scu: agreed.is_provider,
+                scp: agreed.is_user,
+            };
+            let uid = commitment::SOP_CLASS_UID.to_owned();
+            UserVariableItem::ScuScpRoleSelectionSubItem(uid, roles)
+        });
+        (agreed, item)
+    }
+
+    fn is_none(self) -> bool {
+        !self.is_user && !self.is_provider
+    }
 }
 
 /// Answers each proposed context. Out: the accepted ones by identifier, and the results in the order proposed.
 pub(super) fn negotiate(
     proposed: &[PresentationContextProposed],
+    roles: Roles,
 ) -> (BTreeMap<u8, Context>, Vec<PresentationContextResult>) {
     let preferred = transfer_syntaxes();
     let mut accepted = BTreeMap::new();
     let mut results = Vec::with_capacity(proposed.len());
     for context in proposed {
-        let chosen = choose(context, &preferred);
+        let chosen = choose(context, &preferred, roles);
         let (reason, transfer_syntax) = match &chosen {
             Ok(chosen) => (
                 PresentationContextResultReason::Acceptance,
@@ -290,8 +347,11 @@ pub(super) fn negotiate(
 fn choose(
     context: &PresentationContextProposed,
     preferred: &[Decodable],
+    roles: Roles,
 ) -> Result<Context, PresentationContextResultReason> {
+    let is_commitment = |class: &SopClass| class.purpose == Use::Commitment;
     let class = sop_class(trim_uid(&context.abstract_syntax))
+        .filter(|class| !is_commitment(class) || !roles.is_none())
         .ok_or(PresentationContextResultReason::AbstractSyntaxNotSupported)?;
     let is_proposed = |uid: &str| {
         context
@@ -301,11 +361,16 @@ fn choose(
     };
     let syntax = preferred
         .iter()
+        // Its data sets are read here and not by the worker, so the two plain syntaxes do.
+        .filter(|syntax| {
+            !is_commitment(class) || [EXPLICIT_LITTLE, IMPLICIT_LITTLE].contains(&syntax.uid)
+        })
         .find(|syntax| is_proposed(syntax.uid))
         .ok_or(PresentationContextResultReason::TransferSyntaxesNotSupported)?;
     Ok(Context {
         class,
         transfer_syntax: syntax.uid,
+        roles,
     })
 }
 
@@ -419,6 +484,7 @@ mod tests {
                 Use::Verification => "verification",
                 Use::Analysed => "stored and analysed",
                 Use::Stored => "stored",
+                Use::Commitment => "commitment",
             };
             classes += &format!("| {} | {} | {purpose} |\n", class.name, class.uid);
         }

@@ -13,6 +13,10 @@ const NO_DATA_SET: u16 = 0x0101;
 pub(super) mod field {
     /// C-STORE-RQ.
     pub(in super::super) const STORE: u16 = 0x0001;
+    /// N-EVENT-REPORT-RQ.
+    pub(in super::super) const EVENT_REPORT: u16 = crate::commitment::EVENT_REPORT;
+    /// N-ACTION-RQ.
+    pub(in super::super) const ACTION: u16 = crate::commitment::ACTION;
     /// C-ECHO-RQ.
     pub(in super::super) const ECHO: u16 = 0x0030;
     /// C-CANCEL-RQ; has no response.
@@ -26,12 +30,16 @@ pub(super) mod field {
 pub(super) struct Request {
     /// (0000,0100).
     pub(super) field: u16,
-    /// (0000,0110).
+    /// (0000,0110); of a response, the message that it answers (0000,0120).
     pub(super) message_id: u16,
     /// Whether a data set follows, from (0000,0800).
     pub(super) has_data_set: bool,
     /// Affected (0000,0002) or Requested (0000,0003) SOP Class UID.
     pub(super) sop_class_uid: String,
+    /// Action (0000,1008) or Event Type ID (0000,1002).
+    pub(super) type_id: u16,
+    /// (0000,0900) of a response.
+    pub(super) status: u16,
     /// Affected (0000,1000) or Requested (0000,1001) SOP Instance UID.
     pub(super) sop_instance_uid: String,
 }
@@ -41,12 +49,26 @@ pub(super) struct Request {
 pub(super) enum Status {
     /// Success.
     Success = 0x0000,
+    /// Processing failure.
+    ProcessingFailure = 0x0110,
+    /// No such SOP instance.
+    NoSuchInstance = 0x0112,
+    /// No such event type.
+    NoSuchEventType = 0x0113,
+    /// Invalid argument value.
+    InvalidArgument = 0x0115,
+    /// No such SOP class.
+    NoSuchSopClass = 0x0118,
     /// SOP class not supported: the context's class has no such service.
     SopClassNotSupported = 0x0122,
+    /// No such action type.
+    NoSuchActionType = 0x0123,
     /// Not authorised: our policy for single objects, their size.
     NotAuthorized = 0x0124,
     /// Unrecognised operation.
     UnrecognizedOperation = 0x0211,
+    /// Resource limitation.
+    ResourceLimitation = 0x0213,
     /// Refused: out of resources.
     OutOfResources = 0xa700,
     /// Data set does not match SOP class.
@@ -72,8 +94,10 @@ pub(super) fn parse(bytes: &[u8]) -> Option<Request> {
         match u16::from_le_bytes([head[2], head[3]]) {
             0x0002 | 0x0003 => request.sop_class_uid = uid(value)?,
             0x0100 => field = Some(number(value)?),
-            0x0110 => request.message_id = number(value)?,
+            0x0110 | 0x0120 => request.message_id = number(value)?,
             0x0800 => data_set_type = Some(number(value)?),
+            0x0900 => request.status = number(value)?,
+            0x1002 | 0x1008 => request.type_id = number(value)?,
             0x1000 | 0x1001 => request.sop_instance_uid = uid(value)?,
             _ => {}
         }
@@ -147,6 +171,7 @@ mod tests {
             has_data_set: false,
             sop_class_uid: "1.2.840.10008.5.1.4.1.1.2".to_owned(),
             sop_instance_uid: "1.2.3".to_owned(),
+            ..Request::default()
         }
     }
 

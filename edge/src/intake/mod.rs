@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
 
+use crate::commitment::Commitments;
 use crate::config::Config;
 use crate::operate::visitors::Visitors;
 pub(crate) use listener::Listener;
@@ -40,6 +41,8 @@ pub(crate) struct Intake {
     pub(crate) slots: admit::Slots,
     /// DICOM over TLS, where configured; a new one counts for the next connection.
     pub(crate) tls: watch::Receiver<Option<tls::Identity>>,
+    /// Storage commitment, both ways.
+    pub(crate) commitments: Commitments,
     /// Who came.
     pub(crate) visitors: Arc<Visitors>,
 }
@@ -50,6 +53,7 @@ impl Intake {
         spool: Arc<Spool>,
         config: watch::Receiver<Arc<Config>>,
         tls: watch::Receiver<Option<tls::Identity>>,
+        commitments: Commitments,
     ) -> Self {
         Self {
             spool,
@@ -57,6 +61,7 @@ impl Intake {
             counters: Counters::default(),
             slots: admit::Slots::default(),
             tls,
+            commitments,
             visitors: Arc::default(),
         }
     }

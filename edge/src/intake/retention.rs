@@ -50,7 +50,7 @@ pub(crate) async fn run(intake: Arc<Intake>, mut stopping: watch::Receiver<bool>
         }
         purge(
             &intake.spool,
-            finished_for_room(&intake.spool, retention),
+            finished_for_room(&intake.spool, retention, now_ms),
             "room",
         )
         .await;
@@ -86,14 +86,14 @@ async fn purge(spool: &Spool, sequences: Vec<u64>, reason: &'static str) {
 }
 
 /// What goes for lack of room, looked for only when room is short.
-fn finished_for_room(spool: &Spool, retention: &Retention) -> Vec<u64> {
+fn finished_for_room(spool: &Spool, retention: &Retention, now_ms: i64) -> Vec<u64> {
     let used_bytes = spool.counts().used_bytes;
     let free_bytes = spool.free_bytes().unwrap_or(u64::MAX);
     let wanted = bytes_to_free(used_bytes, free_bytes, retention);
     if wanted == 0 {
         return Vec::new();
     }
-    first_to_go(spool.kept(), wanted)
+    first_to_go(spool.kept(), wanted, now_ms)
 }
 
 /// Bytes that should be freed: from nine tenths of the quota down to eight, and up to one and a half times the free
@@ -114,9 +114,12 @@ fn bytes_to_free(used_bytes: u64, free_bytes: u64, retention: &Retention) -> u64
     over_quota.max(under_free)
 }
 
-/// Finished objects worth so many bytes: those that are never analysed first, then the oldest.
-fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64) -> Vec<u64> {
-    let mut finished: Vec<Kept> = kept.into_iter().filter(|kept| kept.is_finished).collect();
+/// Finished objects worth so many bytes, what is committed to not among them: those that are never analysed first, then the oldest.
+fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64, now_ms: i64) -> Vec<u64> {
+    // By a clock that was never set, no pin has ended.
+    let pins_ended_ms = if is_clock_trusted(now_ms) { now_ms } else { 0 };
+    let may_go = |kept: &Kept| kept.is_finished && kept.pinned_until_ms <= pins_ended_ms;
+    let mut finished: Vec<Kept> = kept.into_iter().filter(may_go).collect();
     finished.sort_by_key(|kept| (kept.is_analysed_class, kept.sequence));
     let mut freed = 0_u64;
     let enough = finished.into_iter().take_while(|kept| {
@@ -169,6 +172,7 @@ mod tests {
             received_ms,
             is_finished: false,
             is_analysed_class: true,
+            pinned_until_ms: 0,
         }
     }
 
@@ -219,9 +223,14 @@ mod tests {
             finished(3, true),
             finished(4, false),
         ];
-        assert_eq!(first_to_go(objects.clone(), 1), [4]);
-        assert_eq!(first_to_go(objects.clone(), 150), [4, 2]);
-        assert_eq!(first_to_go(objects, 10_000), [4, 2, 3]);
+        assert_eq!(first_to_go(objects.clone(), 1, NOW_MS), [4]);
+        assert_eq!(first_to_go(objects.clone(), 150, NOW_MS), [4, 2]);
+        assert_eq!(first_to_go(objects.clone(), 10_000, NOW_MS), [4, 2, 3]);
+        let mut pinned = objects;
+        pinned[1].pinned_until_ms = NOW_MS + 1;
+        assert_eq!(first_to_go(pinned.clone(), 10_000, NOW_MS), [4, 3]);
+        assert_eq!(first_to_go(pinned.clone(), 10_000, 0), [4, 3]);
+        assert_eq!(first_to_go(pinned, 10_000, NOW_MS + 1), [4, 2, 3]);
     }
 
     #[test]

@@ -1,19 +1,26 @@
 //! DICOM over TLS, both ways authenticated: the BCP 195 profile (PS3.15 annex B.9).
 //!
-//! In: PEM files. Out: a server configuration for the listener, and when its certificate ends. TLS 1.2 and 1.3, only suites with forward
+//! In: PEM files. Out: configurations for the listener and for connections to peers, and when the certificate ends. TLS 1.2 and 1.3, only suites with forward
 //! secrecy and authenticated encryption (all that the provider has), a client certificate required. Reading the files again gives a
 //! new configuration for the next connection; open associations keep theirs.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
+    SignatureScheme, SupportedProtocolVersion,
+};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
 use crate::config::Tls;
 
+/// What is spoken, with whoever.
+const VERSIONS: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13, &rustls::version::TLS12];
 /// Certificates in one file.
 const MAX_CERTIFICATES: usize = 64;
 
@@ -44,6 +51,10 @@ pub(crate) enum TlsError {
 pub(crate) struct Identity {
     /// For the listener.
     pub(crate) server: Arc<ServerConfig>,
+    /// For connections to peers, whose certificates must be of our authorities and name their host.
+    pub(crate) client: Arc<ClientConfig>,
+    /// For connections of this program to its own node, which shows this very certificate under any name.
+    pub(crate) own: Arc<ClientConfig>,
     /// When the certificate ends, Unix time in s; `None` where that cannot be read.
     pub(crate) expires_s: Option<i64>,
 }
@@ -60,20 +71,85 @@ pub(crate) fn load(settings: &Tls) -> Result<Identity, TlsError> {
         authorities.add(authority)?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier =
-        WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), Arc::clone(&provider))
-            .build()?;
+    let authorities = Arc::new(authorities);
+    let verifier = WebPkiClientVerifier::builder_with_provider(
+        Arc::clone(&authorities),
+        Arc::clone(&provider),
+    )
+    .build()?;
     let expires_s = chain
         .first()
         .and_then(|certificate| not_after_s(certificate));
+    let client = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(VERSIONS)?
+        .with_root_certificates(authorities)
+        .with_client_auth_cert(chain.clone(), key.clone_key())?;
+    let mut own = client.clone();
+    own.dangerous()
+        .set_certificate_verifier(Arc::new(OwnCertificate {
+            certificate: chain.first().cloned(),
+            provider: Arc::clone(&provider),
+        }));
     let server = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_protocol_versions(VERSIONS)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)?;
     Ok(Identity {
         server: Arc::new(server),
+        client: Arc::new(client),
+        own: Arc::new(own),
         expires_s,
     })
+}
+
+/// Takes a server that has the private key of one certificate, whatever name it was reached under.
+#[derive(Debug)]
+struct OwnCertificate {
+    certificate: Option<CertificateDer<'static>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for OwnCertificate {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if self.certificate.as_ref() == Some(end_entity) {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {

@@ -284,9 +284,7 @@ fn take(intake: &Intake, runtime: &Handle, file: &mut File) -> Result<Taken, Spo
     let Some(meta) = part10::read_meta(&chunk[..filled]) else {
         return Ok(Taken::Quarantined(Reason::NotDicom));
     };
-    if admit::sop_class(&meta.sop_class_uid)
-        .is_none_or(|class| class.purpose == admit::Use::Verification)
-    {
+    if admit::sop_class(&meta.sop_class_uid).is_none_or(|class| !class.purpose.is_storage()) {
         return Ok(Taken::Quarantined(Reason::SopClass));
     }
     let is_decoded = |uid: &str| {

@@ -95,6 +95,28 @@ pub(crate) enum Event<'a> {
         /// `missing` or `broken`.
         why: &'a str,
     },
+    /// The PACS has committed to a result that was handed over, or has not.
+    Commitment {
+        /// The study.
+        study_uid: &'a Uid,
+        /// Of the result.
+        revision: u32,
+        /// Through what it was delivered.
+        channel: &'a str,
+        /// `committed` or `not_committed`.
+        how: &'a str,
+        /// Why not.
+        reason: Option<&'a str>,
+    },
+    /// This node has committed to what a peer stored.
+    Promised {
+        /// As it calls itself.
+        calling_ae: &'a str,
+        /// Instances that are kept.
+        n_committed: usize,
+        /// Instances that are not.
+        n_failed: usize,
+    },
     /// A study's results were deleted by age.
     Deleted {
         /// The study.

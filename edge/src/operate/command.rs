@@ -97,6 +97,9 @@ pub(crate) struct PingArgs {
     /// Seconds to wait.
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=300))]
     pub(crate) timeout: u64,
+    /// Speak TLS with the certificate of the configuration's [tls] to the peer given here.
+    #[arg(long, requires = "peer")]
+    pub(crate) tls: bool,
     #[command(flatten)]
     pub(crate) config: ServeArgs,
     #[command(flatten)]

@@ -4,7 +4,6 @@
 //! with this command. Out: the page's address. The study is `shared`'s phantom; its patient is synthetic.
 
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -50,7 +49,7 @@ struct Report {
 pub(crate) fn run(arguments: &DemoArgs, out: &mut impl Write) -> Result<Exit, Failure> {
     let config = Config::load(arguments.config.config.as_deref());
     let config = config.map_err(failure(Exit::Configuration))?;
-    let node = own_node(&config);
+    let node = PeerAddress::own_node(&config).map_err(failure(Exit::Configuration))?;
     let own = if block_on(echo(&node, calling(&config), DEADLINE))?.is_ok() {
         None
     } else {
@@ -81,21 +80,6 @@ pub(crate) fn run(arguments: &DemoArgs, out: &mut impl Write) -> Result<Exit, Fa
     Ok(Exit::Ok)
 }
 
-/// The node that this configuration describes, on this machine.
-fn own_node(config: &Config) -> PeerAddress {
-    let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
-    let host = if config.dicom_bind.is_unspecified() {
-        loopback
-    } else {
-        config.dicom_bind
-    };
-    PeerAddress {
-        ae_title: config.ae_title.clone(),
-        host: host.to_string(),
-        port: config.dicom_port,
-    }
-}
-
 /// As a listed peer where peers are listed.
 fn calling(config: &Config) -> &str {
     config
@@ -118,10 +102,6 @@ impl Drop for Own {
 
 fn start(arguments: &DemoArgs, config: &Config, node: &PeerAddress) -> Result<Own, Failure> {
     let unavailable = failure::<anyhow::Error>(Exit::Unavailable);
-    if config.tls.is_some() {
-        let error = anyhow!("the node speaks TLS, and `edge demo` does not");
-        return Err(failure(Exit::Configuration)(error));
-    }
     let launch = crate::launch::launch()
         .context("starting a node")
         .map_err(&unavailable)?;

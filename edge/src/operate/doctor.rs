@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -247,22 +247,9 @@ fn disk(free: u64, total: u64, keep_free: u64) -> Check {
 
 fn dicom_port(config: &Config, is_running: bool) -> Check {
     if is_running {
-        if config.tls.is_some() {
-            return check(
-                "DICOM port",
-                Found::Good,
-                format!("{}: held by the node, TLS", config.dicom_port),
-            );
-        }
-        let host = if config.dicom_bind.is_unspecified() {
-            IpAddr::from(Ipv4Addr::LOCALHOST)
-        } else {
-            config.dicom_bind
-        };
-        let own = PeerAddress {
-            ae_title: config.ae_title.clone(),
-            host: host.to_string(),
-            port: config.dicom_port,
+        let own = match PeerAddress::own_node(config) {
+            Ok(own) => own,
+            Err(error) => return check("DICOM port", Found::Bad, format!("{error:#}")),
         };
         let calling = config.peers.keys().next().unwrap_or(&config.ae_title);
         return match block_on(echo(&own, calling, PEER_DEADLINE)) {
@@ -352,20 +339,9 @@ fn pacs(config: &Config) -> Check {
             "none configured: results stay on the page",
         );
     };
-    if pacs.tls {
-        return check(
-            "PACS",
-            Found::Good,
-            format!(
-                "{}@{}:{} over TLS: not asked here",
-                pacs.ae_title, pacs.host, pacs.port
-            ),
-        );
-    }
-    let peer = PeerAddress {
-        ae_title: pacs.ae_title.clone(),
-        host: pacs.host.clone(),
-        port: pacs.port,
+    let peer = match PeerAddress::pacs(config, pacs) {
+        Ok(peer) => peer,
+        Err(error) => return check("PACS", Found::Bad, format!("{error:#}")),
     };
     match block_on(echo(&peer, &config.ae_title, PEER_DEADLINE)) {
         Ok(Ok(time)) => check(

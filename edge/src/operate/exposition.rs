@@ -194,6 +194,16 @@ fn register_status(registry: &mut Registry, status: &Status) {
         count(status.dead_letters),
     );
     gauge(
+        "commitments_waiting",
+        "Results delivered that the PACS has yet to commit to",
+        count(status.commitments_waiting),
+    );
+    gauge(
+        "not_committed",
+        "Results delivered that the PACS has not committed to",
+        count(status.not_committed),
+    );
+    gauge(
         "disk_free_bytes",
         "Free bytes where the state lies",
         count(status.disk_free_bytes),

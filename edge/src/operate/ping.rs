@@ -1,30 +1,34 @@
 //! `edge ping`: a C-ECHO to a peer (PS3.4 annex A), for people who look for a fault.
 //!
 //! In: a peer as `AE@HOST:PORT`. Out: how long the answer took, or what stands in the way: no connection, a rejection with its reason, no
-//! answer. Plain DICOM only; a PACS behind TLS is reached by the delivery of results.
+//! answer. Over TLS with the node's own certificate, where the configuration says so or `--tls` asks for it.
 
 use std::fmt;
 use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use dicom_core::VR;
 use dicom_dictionary_std::tags;
+use rustls::ClientConfig;
 use serde::Serialize;
-use tokio::net::TcpStream;
 
 use super::command::PingArgs;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::exit::{Exit, Failure, failure};
 use crate::intake::admit::VERIFICATION;
+use crate::intake::tls;
 use crate::send::association::{Association, Proposal};
+use crate::send::connection::Connection;
 use crate::send::data_set::DataSet;
 
 /// C-ECHO-RQ (PS3.7 section 9.3.5).
 const ECHO_REQUEST: u16 = 0x0030;
 
 /// A DICOM node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct PeerAddress {
     /// Its AE title.
     pub(crate) ae_title: String,
@@ -32,6 +36,9 @@ pub(crate) struct PeerAddress {
     pub(crate) host: String,
     /// Port.
     pub(crate) port: u16,
+    /// TLS, where it is spoken.
+    #[serde(skip)]
+    pub(crate) tls: Option<Arc<ClientConfig>>,
 }
 
 impl PeerAddress {
@@ -49,6 +56,43 @@ impl PeerAddress {
             ae_title: ae_title.to_owned(),
             host: host.to_owned(),
             port: port.parse().map_err(|_| wrong())?,
+            tls: None,
+        })
+    }
+
+    /// The node of a configuration, reached from this machine.
+    ///
+    /// # Errors
+    /// `[tls]` names files that cannot be used.
+    pub(crate) fn own_node(config: &Config) -> anyhow::Result<Self> {
+        let loopback = match config.dicom_bind {
+            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
+        };
+        let is_any = config.dicom_bind.is_unspecified();
+        let host = if is_any { loopback } else { config.dicom_bind };
+        Ok(Self {
+            ae_title: config.ae_title.clone(),
+            host: host.to_string(),
+            port: config.dicom_port,
+            tls: identity(config)?.map(|identity| identity.own),
+        })
+    }
+
+    /// The PACS of a configuration.
+    ///
+    /// # Errors
+    /// `[tls]` names files that cannot be used.
+    pub(crate) fn pacs(config: &Config, pacs: &config::Pacs) -> anyhow::Result<Self> {
+        let tls = match pacs.tls {
+            true => identity(config)?.map(|identity| identity.client),
+            false => None,
+        };
+        Ok(Self {
+            ae_title: pacs.ae_title.clone(),
+            host: pacs.host.clone(),
+            port: pacs.port,
+            tls,
         })
     }
 
@@ -62,19 +106,26 @@ impl PeerAddress {
         sop_class_uid: &str,
         deadline: Duration,
     ) -> anyhow::Result<Association> {
-        let connecting = TcpStream::connect((self.host.as_str(), self.port));
-        let stream = tokio::time::timeout(deadline, connecting)
-            .await
-            .map_err(|_| anyhow!("no connection within {} s", deadline.as_secs()))?
-            .context("no connection")?;
-        stream.set_nodelay(true).context("connection")?;
+        let connection = Connection {
+            host: self.host.clone(),
+            port: self.port,
+            tls: self.tls.clone(),
+        };
+        let stream = connection.open(deadline).await.context("no connection")?;
         let proposal = Proposal {
             calling,
             called: &self.ae_title,
             sop_classes: &[sop_class_uid],
+            is_provider: false,
         };
-        Ok(Association::request(Box::new(stream), &proposal, deadline).await?)
+        Ok(Association::request(stream, &proposal, deadline).await?)
     }
+}
+
+/// The certificate and the authorities of `[tls]`, where there is such a section.
+fn identity(config: &Config) -> anyhow::Result<Option<tls::Identity>> {
+    let identity = config.tls.as_ref().map(tls::load);
+    identity.transpose().context("[tls]")
 }
 
 impl fmt::Display for PeerAddress {
@@ -128,12 +179,21 @@ pub(crate) fn run(arguments: &PingArgs, out: &mut impl Write) -> Result<Exit, Fa
     let config = Config::load(arguments.config.config.as_deref());
     let config = config.map_err(failure(Exit::Configuration))?;
     let peer = match (&arguments.peer, &config.pacs) {
-        (Some(text), _) => PeerAddress::parse(text).map_err(failure(Exit::Usage))?,
-        (None, Some(pacs)) => PeerAddress {
-            ae_title: pacs.ae_title.clone(),
-            host: pacs.host.clone(),
-            port: pacs.port,
-        },
+        (Some(text), _) => {
+            let peer = PeerAddress::parse(text).map_err(failure(Exit::Usage))?;
+            let tls = if arguments.tls {
+                let identity = identity(&config).map_err(failure(Exit::Configuration))?;
+                let missing = || anyhow!("--tls needs a section [tls] in the configuration");
+                let identity = identity.ok_or_else(missing);
+                Some(identity.map_err(failure(Exit::Configuration))?.client)
+            } else {
+                None
+            };
+            PeerAddress { tls, ..peer }
+        }
+        (None, Some(pacs)) => {
+            PeerAddress::pacs(&config, pacs).map_err(failure(Exit::Configuration))?
+        }
         (None, None) => {
             let error = anyhow!("no peer given, and the configuration names no PACS");
             return Err(failure(Exit::Configuration)(error));

@@ -34,6 +34,10 @@ pub(crate) struct Status {
     pub(crate) outbox_waiting: u64,
     /// Results given up.
     pub(crate) dead_letters: u64,
+    /// Results that were delivered and that the PACS has yet to commit to.
+    pub(crate) commitments_waiting: u64,
+    /// Results that were delivered and that it has not committed to.
+    pub(crate) not_committed: u64,
     /// Free bytes where the state lies.
     pub(crate) disk_free_bytes: u64,
     /// Size of that file system.

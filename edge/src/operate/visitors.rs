@@ -113,7 +113,7 @@ impl Visitors {
         n_lines < MAX_LINES_A_MINUTE
     }
 
-    fn record(&self, event: &Event<'_>) {
+    pub(crate) fn record(&self, event: &Event<'_>) {
         if let Some(audit) = self.audit.get()
             && let Err(error) = audit.record(event, jiff::Timestamp::now())
         {

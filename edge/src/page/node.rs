@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::{Settings, Sources};
+use crate::commitment;
 use crate::config::Config;
 use crate::decide::store::{Origin, StoreError};
 use crate::intake::unix_ms;
@@ -110,6 +111,7 @@ fn status(node: &NodeState) -> Status {
     let room = node.spool.room();
     let model = node.model.borrow().clone();
     let letters = send::node::counts(&node.outbox);
+    let commitments = commitment::node::counts(&node.intake.commitments.asked);
     let (studies, positive_studies) = read(node.store.count_studies());
     let cursor = node.counters.counts().cursor;
     let rebuild_until = read(node.store.rebuild_until());
@@ -125,6 +127,8 @@ fn status(node: &NodeState) -> Status {
         positive_studies,
         outbox_waiting: letters.waiting,
         dead_letters: letters.dead,
+        commitments_waiting: commitments.waiting,
+        not_committed: commitments.failed,
         model: model.name,
         model_digest: model.digest,
         model_notice: model.notice,
@@ -180,6 +184,13 @@ fn judge(status: &mut Status) {
         let text = format!(
             "{} results could not be delivered and were given up.",
             status.dead_letters
+        );
+        status.problems.push(text);
+    }
+    if status.not_committed > 0 {
+        let text = format!(
+            "{} results were delivered, but the PACS has not committed to them.",
+            status.not_committed
         );
         status.problems.push(text);
     }

@@ -28,6 +28,7 @@ pub(crate) fn page(status: &Status) -> Markup {
             (card("Results out", &html! {
                 dt { "Waiting" } dd { (status.outbox_waiting) }
                 dt { "Given up" } dd.(good(status.dead_letters == 0)) { (status.dead_letters) }
+                dt { "Not committed" } dd.(good(status.not_committed == 0)) { (status.not_committed) @if status.commitments_waiting > 0 { ", " (status.commitments_waiting) " asked" } }
                 dt { "Studies" } dd { (status.studies) ", " (status.positive_studies) " suspected" }
             }))
             (card("Storage", &html! {

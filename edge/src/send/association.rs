@@ -11,7 +11,7 @@ use dicom_core::VR;
 use dicom_dictionary_std::{tags, uids};
 use dicom_ul::pdu::{
     AbortRQSource, AssociationAC, AssociationRQ, PDataValue, PDataValueType, Pdu,
-    PresentationContextProposed, PresentationContextResultReason, UserVariableItem,
+    PresentationContextProposed, PresentationContextResultReason, RequestorRoles, UserVariableItem,
 };
 use dicom_ul::{read_pdu, write_pdu};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -28,6 +28,10 @@ const MAX_SENT_PDU_BYTES: usize = 128 << 10;
 const MIN_SENT_PDU_BYTES: usize = 128;
 /// Largest command or data set of a peer's message.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
+/// Requests of a peer that are kept while its response is waited for.
+const MAX_ASKED: usize = 64;
+/// This bit of the Command Field makes a request's a response's (PS3.7 annex E.1).
+const RESPONSE: u16 = 0x8000;
 /// Command Data Set Type that says: no data set.
 const NO_DATA_SET: u16 = 0x0101;
 /// How long a connection may take to close.
@@ -47,6 +51,8 @@ pub(crate) struct Proposal<'a> {
     pub(crate) called: &'a str,
     /// SOP classes, at most 128.
     pub(crate) sop_classes: &'a [&'a str],
+    /// Whether we are the provider of these classes (SCP role selection, PS3.7 annex D.3.3.4), not their user.
+    pub(crate) is_provider: bool,
 }
 
 /// Why there is no association any more.
@@ -83,6 +89,13 @@ pub(crate) struct Message {
     pub(crate) data: Option<Vec<u8>>,
 }
 
+impl Message {
+    fn is_request(&self) -> bool {
+        let field = self.command.number(tags::COMMAND_FIELD);
+        field.is_some_and(|field| field & RESPONSE == 0)
+    }
+}
+
 /// An association that was accepted.
 pub(crate) struct Association {
     stream: Box<dyn Stream>,
@@ -92,6 +105,8 @@ pub(crate) struct Association {
     last_message_id: u16,
     /// Values of a PDU that belong to the message after.
     pending: Vec<PDataValue>,
+    /// Requests of the peer that came while a response was waited for.
+    asked: Vec<Message>,
 }
 
 impl std::fmt::Debug for Association {
@@ -132,6 +147,7 @@ impl Association {
             max_sent_bytes: max_sent_bytes(&accepted),
             last_message_id: 0,
             pending: Vec::new(),
+            asked: Vec::new(),
             contexts,
         };
         if association.contexts.is_empty() {
@@ -163,13 +179,24 @@ impl Association {
             .text(tags::AFFECTED_SOP_INSTANCE_UID, VR::UI, sop_instance_uid)
             .u16(tags::COMMAND_FIELD, 0x0001)
             .u16(tags::PRIORITY, 0);
-        let response = self
-            .ask(sop_class_uid, command, Some(data), deadline)
-            .await?;
-        response
-            .command
-            .number(tags::STATUS)
-            .ok_or(AssociationError::Protocol("a response without status"))
+        self.ask_status(sop_class_uid, command, data, deadline)
+            .await
+    }
+
+    /// Sends a request with a data set, encoded in Explicit VR Little Endian. The status of the response.
+    ///
+    /// # Errors
+    /// The association is over.
+    pub(crate) async fn ask_status(
+        &mut self,
+        abstract_syntax: &str,
+        command: DataSet,
+        data: &[u8],
+        deadline: Duration,
+    ) -> Result<u16, AssociationError> {
+        let response = self.ask(abstract_syntax, command, Some(data), deadline);
+        let status = response.await?.command.number(tags::STATUS);
+        status.ok_or(AssociationError::Protocol("a response without status"))
     }
 
     /// Sends a request and waits for its response.
@@ -191,7 +218,16 @@ impl Association {
         command.u16(tags::MESSAGE_ID, id);
         let exchange = async {
             self.send(context_id, command, data.as_deref()).await?;
-            self.receive_message().await
+            loop {
+                let message = self.receive_message().await?;
+                if !message.is_request() {
+                    return Ok(message);
+                }
+                if self.asked.len() == MAX_ASKED {
+                    return Err(AssociationError::Protocol("too many requests of the peer"));
+                }
+                self.asked.push(message);
+            }
         };
         let response = within(deadline, exchange).await?;
         let answered = response.command.number(tags::MESSAGE_ID_BEING_RESPONDED_TO);
@@ -199,6 +235,52 @@ impl Association {
             return Err(AssociationError::Protocol("a response to another message"));
         }
         Ok(response)
+    }
+
+    /// Waits for a request of the peer.
+    ///
+    /// # Errors
+    /// None came within `deadline`, or the association is over.
+    pub(crate) async fn asked(&mut self, deadline: Duration) -> Result<Message, AssociationError> {
+        if !self.asked.is_empty() {
+            return Ok(self.asked.remove(0));
+        }
+        let message = within(deadline, self.receive_message()).await?;
+        if message.is_request() {
+            Ok(message)
+        } else {
+            Err(AssociationError::Protocol("a response to nothing"))
+        }
+    }
+
+    /// Answers a request of the peer.
+    ///
+    /// # Errors
+    /// The association is over.
+    pub(crate) async fn answer(
+        &mut self,
+        request: &Message,
+        status: u16,
+        deadline: Duration,
+    ) -> Result<(), AssociationError> {
+        let number = |tag| request.command.number(tag).unwrap_or(0);
+        let mut command = DataSet::default();
+        command
+            .u16(tags::COMMAND_FIELD, number(tags::COMMAND_FIELD) | RESPONSE)
+            .u16(
+                tags::MESSAGE_ID_BEING_RESPONDED_TO,
+                number(tags::MESSAGE_ID),
+            )
+            .u16(tags::STATUS, status);
+        within(deadline, self.send(request.context_id, command, None)).await
+    }
+
+    /// What the data sets of a context are encoded in.
+    pub(crate) fn syntax(&self, context_id: u8) -> Syntax {
+        let mut contexts = self.contexts.values();
+        contexts
+            .find(|(id, _)| *id == context_id)
+            .map_or(Syntax::Implicit, |(_, syntax)| *syntax)
     }
 
     /// Releases; a peer that does not answer is left.
@@ -298,11 +380,21 @@ impl Association {
 fn request_pdu(proposal: &Proposal<'_>) -> Pdu {
     let ids = (1..=u8::MAX).step_by(2);
     let contexts = ids.zip(proposal.sop_classes);
-    let user_variables = vec![
+    let mut user_variables = vec![
         UserVariableItem::MaxLength(MAX_PDU_BYTES),
         UserVariableItem::ImplementationClassUID(IMPLEMENTATION_CLASS_UID.to_owned()),
         UserVariableItem::ImplementationVersionName(IMPLEMENTATION_VERSION_NAME.to_owned()),
     ];
+    if proposal.is_provider {
+        let role = |class: &&str| {
+            let roles = RequestorRoles {
+                scu: false,
+                scp: true,
+            };
+            UserVariableItem::ScuScpRoleSelectionSubItem((*class).to_owned(), roles)
+        };
+        user_variables.extend(proposal.sop_classes.iter().map(role));
+    }
     Pdu::AssociationRQ(AssociationRQ {
         protocol_version: 1,
         calling_ae_title: proposal.calling.to_owned(),
@@ -331,7 +423,12 @@ fn accepted_contexts(
         let syntax = [Syntax::Explicit, Syntax::Implicit]
             .into_iter()
             .find(|syntax| syntax.uid() == context.transfer_syntax.trim_end_matches(['\0', ' ']));
-        let is_accepted = context.reason == PresentationContextResultReason::Acceptance;
+        let is_in_role = |class: &str| !proposal.is_provider || is_provider(accepted, class);
+        let is_accepted = context.reason == PresentationContextResultReason::Acceptance
+            && proposal
+                .sop_classes
+                .get(index)
+                .is_some_and(|class| is_in_role(class));
         if let (true, Some(class), Some(syntax)) =
             (is_accepted, proposal.sop_classes.get(index), syntax)
         {
@@ -339,6 +436,15 @@ fn accepted_contexts(
         }
     }
     contexts
+}
+
+/// Whether the peer lets us be the provider of a class.
+fn is_provider(accepted: &AssociationAC, class: &str) -> bool {
+    let is_it = |item: &UserVariableItem| match item {
+        UserVariableItem::ScuScpRoleSelectionSubItem(uid, roles) => uid == class && roles.scp,
+        _ => false,
+    };
+    accepted.user_variables.iter().any(is_it)
 }
 
 /// Bytes of a fragment: the peer's longest PDU less the header of a value (PS3.8 section 9.3.5.1). 0 is no limit.

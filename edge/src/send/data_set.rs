@@ -232,7 +232,7 @@ fn put_length(out: &mut Vec<u8>, vr: VR, length: usize, syntax: Syntax) {
 }
 
 /// Value representations with a 32-bit length in explicit VR (PS3.5 section 7.1.2).
-fn has_long_length(vr: VR) -> bool {
+pub(crate) fn has_long_length(vr: VR) -> bool {
     matches!(
         vr,
         VR::OB

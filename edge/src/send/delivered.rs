@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::back_off::Patience;
+use super::connection::Connection;
 use super::data_set::{DataSet, Syntax};
 use super::delivery::{Delivery, End, Ways};
 use super::equipment::Device;
@@ -391,10 +392,13 @@ async fn sends_until_it_is_killed() {
     let pacs = Pacs {
         calling: "PEEDGE".to_owned(),
         called: "PACS".to_owned(),
-        host: "127.0.0.1".to_owned(),
-        port: port.parse().unwrap(),
-        tls: None,
+        connection: Connection {
+            host: "127.0.0.1".to_owned(),
+            port: port.parse().unwrap(),
+            tls: None,
+        },
         has_captures: false,
+        is_asked_to_commit: false,
     };
     let node = Node::start(Path::new(&database), pacs, impatient());
     node.decide(&sample::positive());
@@ -416,7 +420,7 @@ async fn whatever_is_killed_when_the_pacs_sees_one_document() {
     let (_folder, database) = folder();
     // Three times the PACS has the object and the program dies before it hears so.
     let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[Act::Hang; 3]).await;
-    let port = pacs.address().port;
+    let port = pacs.address().connection.port;
     for kills in 1..=3 {
         let mut running = child(&database, port);
         pacs.wait_for(kills).await;
@@ -442,7 +446,7 @@ async fn a_pacs_that_is_down_gets_the_result_when_it_is_back() {
     let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[]).await;
     let mut nowhere = pacs.address();
     let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    nowhere.port = closed.local_addr().unwrap().port();
+    nowhere.connection.port = closed.local_addr().unwrap().port();
     drop(closed);
     let node = Node::start(&database, nowhere, impatient());
     node.decide(&sample::positive());

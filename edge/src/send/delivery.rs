@@ -377,8 +377,13 @@ impl Delivery {
         match verdict {
             Verdict::Accepted(remark) => {
                 tracing::info!(channel, sequence, "result delivered");
-                self.on_disk(move |outbox| outbox.accepted(sequence, letter, remark, now_ms()))
-                    .await
+                let is_sent_to_pacs = Receiver::Pacs.channels().contains(&letter.channel);
+                let pacs = ways.pacs.as_ref().filter(|_| is_sent_to_pacs);
+                let is_wanted = pacs.is_some_and(|pacs| pacs.is_asked_to_commit);
+                self.on_disk(move |outbox| {
+                    outbox.accepted(sequence, letter, remark, now_ms(), is_wanted)
+                })
+                .await
             }
             Verdict::Refused(reason) => {
                 tracing::error!(channel, sequence, reason, "result given up");

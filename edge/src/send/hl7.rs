@@ -9,9 +9,9 @@ use jiff::Timestamp;
 use shared::probability::sigmoid;
 use shared::uid::Uid;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::connection::Connection;
 use super::content::{self, Code};
 use super::delivery::Verdict;
 use super::structured_report;
@@ -30,10 +30,8 @@ const CONTROL_ID_DIGITS: usize = 20;
 /// An HL7 receiver.
 #[derive(Clone, Debug)]
 pub(crate) struct Hl7 {
-    /// Host name or address.
-    pub(crate) host: String,
-    /// Port.
-    pub(crate) port: u16,
+    /// Where it is; with TLS, MLLP over it (IHE ITI-19, RFC 8446).
+    pub(crate) connection: Connection,
     /// MSH-4.
     pub(crate) sending_facility: String,
     /// MSH-5.
@@ -53,11 +51,12 @@ impl Hl7 {
     }
 
     async fn exchange(&self, message: &[u8]) -> std::io::Result<Vec<u8>> {
-        let mut stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
+        let mut stream = self.connection.connect().await?;
         let mut framed = vec![START];
         framed.extend(message);
         framed.extend(END);
         stream.write_all(&framed).await?;
+        stream.flush().await?;
         let mut answer = Vec::new();
         let mut part = [0; 1024];
         while !answer.ends_with(&END) && answer.len() < MAX_ANSWER_BYTES {
@@ -270,8 +269,11 @@ mod tests {
 
     fn receiver(port: u16) -> Hl7 {
         Hl7 {
-            host: "127.0.0.1".to_owned(),
-            port,
+            connection: Connection {
+                host: "127.0.0.1".to_owned(),
+                port,
+                tls: None,
+            },
             sending_facility: "RAD|IOLOGY".to_owned(),
             receiving_application: "RIS".to_owned(),
             receiving_facility: "HOSPITAL".to_owned(),

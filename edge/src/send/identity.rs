@@ -57,6 +57,14 @@ pub(crate) fn tracking_uid(result: &StudyResult) -> Uid {
         .uid()
 }
 
+/// Transaction UID of the request, counted from 1, that the PACS commits to a document of ours.
+pub(crate) fn transaction_uid(sop_instance_uid: &Uid, number: u32) -> Uid {
+    Fields::new("transaction")
+        .text(sop_instance_uid.as_str())
+        .number(number.into())
+        .uid()
+}
+
 fn conclusion(hash: &mut Fields, result: &StudyResult) {
     match &result.outcome {
         Outcome::Pending => hash.number(0),

@@ -2,12 +2,13 @@
 //!
 //! The stages in the order a result meets them: [`outbox`] keeps what is to be told, durably; [`delivery`] takes it from there, patiently
 //! ([`back_off`]); [`letter`] makes the bytes: a [`structured_report`] (its UID from [`identity`], whose and by what from [`equipment`], items from
-//! [`content`], encoded by [`data_set`]) or a [`secondary_capture`]; [`pacs`] and [`association`] are the way by C-STORE, [`webhook`] and
+//! [`content`], encoded by [`data_set`]) or a [`secondary_capture`]; [`pacs`] and [`association`] over a [`connection`] are the way by C-STORE, [`webhook`] and
 //! [`stow`] by [`http`], [`hl7`] by MLLP. [`node`] starts all
 //! of it in the daemon, [`export`] writes documents as files.
 
 pub(crate) mod association;
 pub(crate) mod back_off;
+pub(crate) mod connection;
 pub(crate) mod content;
 pub(crate) mod data_set;
 #[cfg(test)]

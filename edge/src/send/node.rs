@@ -11,15 +11,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use jiff::tz::TimeZone;
-use rustls::crypto::ring;
-use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use shared::uid::Uid;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
 use super::back_off::Patience;
+use super::connection::Connection;
 use super::data_set::DataSet;
 use super::delivery::{Delivery, End, Ways};
 use super::equipment::Device;
@@ -31,11 +28,11 @@ use super::pacs::Pacs;
 use super::secondary_capture::{self, KeySlice};
 use super::stow::Stow;
 use super::webhook::{Secret, Webhook};
-use crate::config::{Config, Tls};
+use crate::config::Config;
 use crate::decide::store::Store;
 use crate::exit::{Exit, Failure, failure};
 use crate::heatmap;
-use crate::intake::{retention, unix_ms};
+use crate::intake::{retention, tls, unix_ms};
 use crate::operate::audit::Event;
 use crate::operate::metrics::{self, DeliveryChannel, DeliveryEnd};
 use crate::operate::watch;
@@ -108,7 +105,12 @@ async fn forget(node: Arc<NodeState>) {
             continue;
         };
         let outbox = Arc::clone(&node.outbox);
-        let lost = tokio::task::spawn_blocking(move || outbox.forget(before_ms)).await;
+        let asked = Arc::clone(&node.intake.commitments.asked);
+        let forget = move || {
+            asked.forget(before_ms)?;
+            outbox.forget(before_ms)
+        };
+        let lost = tokio::task::spawn_blocking(forget).await;
         match lost {
             Ok(Ok(0)) => {}
             Ok(Ok(lost)) => {
@@ -224,21 +226,15 @@ fn time_zone() -> TimeZone {
 }
 
 /// The receivers of a configuration.
-fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
-    let pacs = config.pacs.as_ref().map(|pacs| {
-        if pacs.storage_commitment {
-            tracing::warn!("[pacs] storage_commitment is not asked for by this version");
-        }
-        let tls = config.tls.as_ref().filter(|_| pacs.tls);
-        Ok::<_, anyhow::Error>(Pacs {
-            calling: config.ae_title.clone(),
-            called: pacs.ae_title.clone(),
-            host: pacs.host.clone(),
-            port: pacs.port,
-            tls: tls.map(client_config).transpose().context("[tls]")?,
-            has_captures: pacs.secondary_capture,
-        })
-    });
+pub(crate) fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
+    let identity = config.tls.as_ref().map(tls::load).transpose();
+    let identity = identity.context("[tls]")?;
+    let client = |is_spoken: bool| {
+        let identity = identity.as_ref().filter(|_| is_spoken);
+        identity.map(|identity| Arc::clone(&identity.client))
+    };
+    let pacs = config.pacs.as_ref();
+    let pacs = pacs.map(|pacs| Pacs::configured(config, pacs, client(pacs.tls)));
     let webhook = config.webhook.as_ref().map(|webhook| {
         Ok::<_, anyhow::Error>(Webhook {
             url: webhook.url.clone(),
@@ -254,11 +250,14 @@ fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
         })
     });
     Ok(Ways {
-        pacs: pacs.transpose()?,
+        pacs,
         webhook: webhook.transpose().context("[webhook] secret_file")?,
         hl7: config.hl7.as_ref().map(|hl7| Hl7 {
-            host: hl7.host.clone(),
-            port: hl7.port,
+            connection: Connection {
+                host: hl7.host.clone(),
+                port: hl7.port,
+                tls: client(hl7.tls),
+            },
             sending_facility: hl7.sending_facility.clone(),
             receiving_application: hl7.receiving_application.clone(),
             receiving_facility: hl7.receiving_facility.clone(),
@@ -276,24 +275,6 @@ fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
 fn secret(path: &Path) -> anyhow::Result<Secret> {
     let bytes = bounded(path).with_context(|| path.display().to_string())?;
     Ok(Secret(bytes.trim_ascii_end().to_vec()))
-}
-
-/// TLS towards a peer that shows a certificate of our authorities and asks for ours.
-fn client_config(tls: &Tls) -> anyhow::Result<Arc<ClientConfig>> {
-    let read = |path: &Path| bounded(path).with_context(|| path.display().to_string());
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(&read(&tls.client_ca)?) {
-        roots.add(certificate?)?;
-    }
-    let chain =
-        CertificateDer::pem_slice_iter(&read(&tls.certificate)?).collect::<Result<_, _>>()?;
-    let key = PrivateKeyDer::from_pem_slice(&read(&tls.key)?)?;
-    let provider = Arc::new(ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)?;
-    Ok(Arc::new(config))
 }
 
 fn bounded(path: &Path) -> std::io::Result<Vec<u8>> {

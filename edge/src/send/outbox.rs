@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 
 use super::identity;
 use super::structured_report::{Predecessor, is_reported};
+use crate::commitment::asked;
 use crate::config::Config;
 use crate::result::{Outcome, State, StudyResult};
 
@@ -248,15 +249,18 @@ fn next(transaction: &WriteTransaction) -> Result<u64, OutboxError> {
     Ok(sequence)
 }
 
-fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, OutboxError> {
+/// A row.
+pub(crate) fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, OutboxError> {
     serde_json::to_vec(value).map_err(OutboxError::Row)
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, OutboxError> {
+/// What a row holds.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, OutboxError> {
     serde_json::from_slice(bytes).map_err(OutboxError::Row)
 }
 
-fn put<T: Serialize>(
+/// Writes a row.
+pub(crate) fn put<T: Serialize>(
     transaction: &WriteTransaction,
     table: TableDefinition<'_, u64, &[u8]>,
     sequence: u64,
@@ -268,7 +272,8 @@ fn put<T: Serialize>(
     Ok(())
 }
 
-fn remove(
+/// Deletes a row.
+pub(crate) fn remove(
     transaction: &WriteTransaction,
     table: TableDefinition<'_, u64, &[u8]>,
     sequence: u64,
@@ -382,7 +387,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// The receiver has it.
+    /// The receiver has it, and where `is_wanted` shall be asked to commit to it.
     ///
     /// # Errors
     /// The medium fails.
@@ -392,6 +397,7 @@ impl Outbox {
         mut letter: Letter,
         remark: Option<String>,
         now_ms: i64,
+        is_wanted: bool,
     ) -> Result<(), OutboxError> {
         letter.ended_ms = Some(now_ms);
         letter.remark = remark;
@@ -404,6 +410,9 @@ impl Outbox {
             let bytes = json(document)?;
             let mut latest = transaction.open_table(LATEST)?;
             latest.insert(latest_name(&letter).as_str(), bytes.as_slice())?;
+            if is_wanted {
+                asked::want(&transaction, sequence, &letter, document)?;
+            }
         }
         transaction.commit()?;
         Ok(())

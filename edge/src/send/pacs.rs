@@ -1,20 +1,17 @@
 //! The PACS: how it is reached, and what its answers mean (PS3.4 section B.2.3, PS3.7 annex C).
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ClientConfig;
-use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
-use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 
-use super::association::{Association, AssociationError, Proposal, Stream};
+use super::association::{Association, AssociationError, Proposal};
+use super::connection::Connection;
 use super::delivery::Verdict;
 use super::outbox::Channel;
 use super::secondary_capture;
 use super::structured_report::Class;
+use crate::config::{self, Config};
 
 /// How long a connection may take, TLS included.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -26,14 +23,12 @@ pub(crate) struct Pacs {
     pub(crate) calling: String,
     /// Its AE title.
     pub(crate) called: String,
-    /// Host name or address.
-    pub(crate) host: String,
-    /// Port.
-    pub(crate) port: u16,
-    /// TLS, where it is spoken.
-    pub(crate) tls: Option<Arc<ClientConfig>>,
+    /// Where it is.
+    pub(crate) connection: Connection,
     /// Whether captures are sent.
     pub(crate) has_captures: bool,
+    /// Whether it is asked to commit to what it took.
+    pub(crate) is_asked_to_commit: bool,
 }
 
 /// What a status means for a letter.
@@ -72,6 +67,25 @@ pub(crate) fn verdict(status: u16) -> Verdict {
 }
 
 impl Pacs {
+    /// The PACS of a configuration.
+    pub(crate) fn configured(
+        config: &Config,
+        pacs: &config::Pacs,
+        tls: Option<Arc<ClientConfig>>,
+    ) -> Self {
+        Self {
+            calling: config.ae_title.clone(),
+            called: pacs.ae_title.clone(),
+            connection: Connection {
+                host: pacs.host.clone(),
+                port: pacs.port,
+                tls,
+            },
+            has_captures: pacs.secondary_capture,
+            is_asked_to_commit: pacs.storage_commitment,
+        }
+    }
+
     /// SOP classes to send a letter of a channel in, the first choice first.
     pub(crate) fn classes(channel: Channel) -> &'static [&'static str] {
         const REPORTS: [&str; 2] = [Class::Comprehensive3D.uid(), Class::Comprehensive.uid()];
@@ -81,35 +95,35 @@ impl Pacs {
         }
     }
 
-    /// Connects and asks for an association.
+    /// Connects and asks for an association for results.
     ///
     /// # Errors
     /// [`AssociationError`] says why there is none.
     pub(crate) async fn open(&self, deadline: Duration) -> Result<Association, AssociationError> {
-        let connect = timeout(CONNECT_DEADLINE, self.connect()).await;
-        let stream = connect.map_err(|_| AssociationError::Deadline(CONNECT_DEADLINE))?;
-        let stream = stream.map_err(AssociationError::Connection)?;
         let mut classes = Self::classes(Channel::StructuredReport).to_vec();
         if self.has_captures {
             classes.extend(Self::classes(Channel::SecondaryCapture));
         }
+        self.open_for(&classes, deadline).await
+    }
+
+    /// Connects and asks for an association for some SOP classes.
+    ///
+    /// # Errors
+    /// [`AssociationError`] says why there is none.
+    pub(crate) async fn open_for(
+        &self,
+        sop_classes: &[&str],
+        deadline: Duration,
+    ) -> Result<Association, AssociationError> {
+        let stream = self.connection.open(CONNECT_DEADLINE).await?;
         let proposal = Proposal {
             calling: &self.calling,
             called: &self.called,
-            sop_classes: &classes,
+            sop_classes,
+            is_provider: false,
         };
         Association::request(stream, &proposal, deadline).await
-    }
-
-    async fn connect(&self) -> io::Result<Box<dyn Stream>> {
-        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
-        stream.set_nodelay(true)?;
-        let Some(config) = &self.tls else {
-            return Ok(Box::new(stream));
-        };
-        let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
-        let connector = TlsConnector::from(Arc::clone(config));
-        Ok(Box::new(connector.connect(name, stream).await?))
     }
 }
 

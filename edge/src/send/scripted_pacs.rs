@@ -10,6 +10,7 @@ use dicom_ul::association::server::ServerAssociationOptions;
 use dicom_ul::pdu::{PDataValue, PDataValueType, Pdu};
 use tokio::net::{TcpListener, TcpStream};
 
+use super::connection::Connection;
 use super::data_set::{DataSet, Syntax};
 use super::pacs::Pacs;
 
@@ -72,10 +73,13 @@ impl ScriptedPacs {
         Pacs {
             calling: "PEEDGE".to_owned(),
             called: "PACS".to_owned(),
-            host: "127.0.0.1".to_owned(),
-            port: self.port,
-            tls: None,
+            connection: Connection {
+                host: "127.0.0.1".to_owned(),
+                port: self.port,
+                tls: None,
+            },
             has_captures: false,
+            is_asked_to_commit: false,
         }
     }
 

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
+use super::connection::Connection;
 use super::delivered::{Node, folder, impatient, no_ways};
 use super::delivery::Ways;
 use super::hl7::Hl7;
@@ -131,8 +132,11 @@ async fn an_hl7_receiver_gets_the_same_message_until_it_acknowledges_it() {
     let answer = |code: &str, id: &str| format!("\u{b}MSH|^~\\&|R\rMSA|{code}|{id}\r\u{1c}\r");
     let ways_to = |port: u16| Ways {
         hl7: Some(Hl7 {
-            host: "127.0.0.1".to_owned(),
-            port,
+            connection: Connection {
+                host: "127.0.0.1".to_owned(),
+                port,
+                tls: None,
+            },
             sending_facility: String::new(),
             receiving_application: String::new(),
             receiving_facility: String::new(),

@@ -410,7 +410,7 @@ pub fn value(context: u8, kind: PDataValueType, is_last: bool, data: &[u8]) -> V
     })
 }
 
-fn uid(text: &str) -> Vec<u8> {
+pub fn uid(text: &str) -> Vec<u8> {
     let mut bytes = text.as_bytes().to_vec();
     bytes.resize(bytes.len().next_multiple_of(2), 0);
     bytes
@@ -428,7 +428,7 @@ pub fn command(elements: &[(u16, Vec<u8>)]) -> Vec<u8> {
     bytes
 }
 
-fn elements(command: &[u8]) -> BTreeMap<u16, Vec<u8>> {
+pub fn elements(command: &[u8]) -> BTreeMap<u16, Vec<u8>> {
     let mut elements = BTreeMap::new();
     let mut rest = command;
     while let Some((head, tail)) = rest.split_first_chunk::<8>() {

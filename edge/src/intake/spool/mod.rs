@@ -147,6 +147,7 @@ struct Place {
     received_ms: i64,
     is_finished: bool,
     is_analysed_class: bool,
+    pinned_until_ms: i64,
 }
 
 /// An object as retention sees it.
@@ -162,6 +163,8 @@ pub(crate) struct Kept {
     pub(crate) is_finished: bool,
     /// Whether its class is one that is analysed.
     pub(crate) is_analysed_class: bool,
+    /// Until when it stays although nobody needs it, Unix time in ms.
+    pub(crate) pinned_until_ms: i64,
 }
 
 /// What the spool has done and holds.
@@ -303,6 +306,17 @@ impl Spool {
         }
     }
 
+    /// Pins an object until a time, Unix time in ms: it does not go for lack of room. Whether it is there. After a start `pin` is called again by who knows.
+    pub(crate) fn pin(&self, sequence: u64, until_ms: i64) -> bool {
+        let mut index = lock(&self.shared.index);
+        let place = index.get_mut(&sequence);
+        let is_there = place.is_some();
+        if let Some(place) = place {
+            place.pinned_until_ms = place.pinned_until_ms.max(until_ms);
+        }
+        is_there
+    }
+
     /// Everything that is kept, in the order of sequences.
     pub(crate) fn kept(&self) -> Vec<Kept> {
         let kept = |(sequence, place): (&u64, &Place)| Kept {
@@ -311,6 +325,7 @@ impl Spool {
             received_ms: place.received_ms,
             is_finished: place.is_finished,
             is_analysed_class: place.is_analysed_class,
+            pinned_until_ms: place.pinned_until_ms,
         };
         lock(&self.shared.index).iter().map(kept).collect()
     }
@@ -432,6 +447,7 @@ impl Place {
             object_bytes: record.object_bytes,
             received_ms: record.header.received_ms,
             is_finished: false,
+            pinned_until_ms: 0,
             is_analysed_class: crate::intake::admit::is_analysed(&record.header.sop_class_uid),
         }
     }
