@@ -227,6 +227,91 @@ mod tests {
         }
     }
 
+    /// Emboli of a phantom's slice and the hottest point of its heat map, x and y in mm; and whether the slice is called positive.
+    struct Found {
+        emboli_mm: Vec<[f64; 3]>,
+        hottest_mm: [f64; 2],
+        is_called: bool,
+    }
+
+    /// At least `n_slices` slices with an embolus, of studies that the demonstration model has not seen: another seed.
+    fn found(n_slices: usize) -> Vec<Found> {
+        let options = engine::Options::default();
+        let ready = crate::model::ReadyModel::load(None, &options).unwrap();
+        let mut session = ready.model.session();
+        let spec = &ready.manifest.preprocess;
+        let mut preprocessor = shared::preprocess::Preprocessor::new(spec).unwrap();
+        let threshold = ready.manifest.logit_threshold().unwrap();
+        let mut found = Vec::new();
+        for study_index in 0.. {
+            if found.len() >= n_slices {
+                break;
+            }
+            let finding = shared::phantom::Finding::Positive;
+            let plan =
+                shared::phantom::StudyPlan::with_finding(4711, study_index, 24, 512, finding);
+            for index in (0..plan.n_slices()).filter(|&index| plan.pe_present(index)) {
+                let slice = plan.slice(index);
+                let (bytes, mut tensor) = (slice.bytes(), vec![0; TENSOR_BYTES]);
+                preprocessor
+                    .tensor(&slice.pixels(&bytes), &mut tensor)
+                    .unwrap();
+                let mut logit = [0.0];
+                session.logits(&tensor, &mut logit).unwrap();
+                let heat = upsample(&session.contributions().unwrap());
+                let hottest = (0..heat.len()).max_by(|&a, &b| heat[a].total_cmp(&heat[b]));
+                // Each pixel of the tensor is two by two of the slice's.
+                let place = |pixel: usize, axis: usize| {
+                    let pixel = 2.0 * f64::from(u32::try_from(pixel).unwrap()) + 0.5;
+                    slice.position_mm[axis] + slice.pixel_spacing_mm[0] * pixel
+                };
+                let (row, column) = (hottest.unwrap() / SIDE, hottest.unwrap() % SIDE);
+                found.push(Found {
+                    emboli_mm: slice.emboli_mm,
+                    hottest_mm: [place(column, 0), place(row, 1)],
+                    is_called: logit[0] >= threshold,
+                });
+            }
+        }
+        found
+    }
+
+    /// Of pairs of a point and a slice's emboli, those within 20 mm of one, in percent.
+    fn share_near<'a>(pairs: impl Iterator<Item = ([f64; 2], &'a [[f64; 3]])>) -> f64 {
+        let (mut n_pairs, mut n_near) = (0_u32, 0_u32);
+        for ([x, y], emboli_mm) in pairs {
+            let is_near = |embolus: &[f64; 3]| (embolus[0] - x).hypot(embolus[1] - y) <= 20.0;
+            n_pairs += 1;
+            n_near += u32::from(emboli_mm.iter().any(is_near));
+        }
+        100.0 * f64::from(n_near) / f64::from(n_pairs)
+    }
+
+    /// Chance here is the strictest: the hottest points of all the other slices, which lie where emboli usually lie.
+    #[test]
+    fn the_hottest_point_lies_at_an_embolus_far_more_often_than_chance() {
+        let found = found(120);
+        let own = |found: &'_ [&'_ Found]| {
+            let pairs = found.iter().map(|one| (one.hottest_mm, &one.emboli_mm[..]));
+            share_near(pairs)
+        };
+        let all: Vec<&Found> = found.iter().collect();
+        let called: Vec<&Found> = found.iter().filter(|one| one.is_called).collect();
+        let others = all.iter().enumerate().flat_map(|(index, one)| {
+            let others = all
+                .iter()
+                .enumerate()
+                .filter(move |(other, _)| *other != index);
+            others.map(|(_, other)| (other.hottest_mm, &one.emboli_mm[..]))
+        });
+        let (chance, on_all, on_called) = (share_near(others), own(&all), own(&called));
+        assert!(
+            on_all > 2.0 * chance && on_called > 2.0 * chance,
+            "{on_all} % of all, {on_called} % of {} called positive, {chance} % by chance",
+            called.len()
+        );
+    }
+
     #[test]
     fn every_letter_burnt_in_has_a_glyph() {
         for letter in BURNT_IN.concat().chars().filter(|letter| *letter != ' ') {

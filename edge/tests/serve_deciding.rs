@@ -237,6 +237,32 @@ fn a_failed_self_test_degrades_and_slices_are_analysed_when_the_model_is_sound()
     assert_ne!(result["outcome"]["kind"], "not_analysed");
 }
 
+/// Consoles use an association an image, pause, or leave one open: none of it ends a study, nor keeps it from ending.
+#[test]
+fn a_study_is_complete_by_quiet_time_whatever_associations_do() {
+    const QUIET: Duration = Duration::from_secs(2);
+    let (study_uid, slices) = study(6);
+    let node = Node::start("quiet_time_s = 2\n");
+    let mut open = Client::open(node.dicom, &[(CT, &[EXPLICIT])]).unwrap();
+    let mut last = Instant::now();
+    for part in slices.chunks(10) {
+        // Longer than the quiet time in all, shorter each.
+        std::thread::sleep(QUIET * 2 / 5);
+        assert_ne!(
+            get(&node, &format!("/api/studies/{study_uid}"))["state"],
+            "complete"
+        );
+        last = Instant::now();
+        assert_eq!(send(node.dicom, part), part.len());
+    }
+    complete(&node, &study_uid, slices.len());
+    assert!(last.elapsed() >= QUIET);
+    // The association that was open all the time goes on, and what it brings is of no new study.
+    let (instance, file) = &slices[0];
+    assert_eq!(open.store(1, CT, instance, data_set(file)).unwrap(), 0);
+    assert_eq!(get(&node, "/api/studies").as_array().unwrap().len(), 1);
+}
+
 /// Nine tenths of the time its worker stands still: what comes faster than it is analysed waits on the disk, and no sender is refused or held up.
 #[test]
 fn four_studies_at_line_rate_are_taken_while_analysis_is_ten_times_slower() {

@@ -18,6 +18,8 @@ import urllib.request
 
 
 LIVE = 'id="live-text">Live<'
+# The page is dumped as soon as it is loaded, on a busy machine before the first event.
+TRIES = 20
 
 
 def free_port():
@@ -72,8 +74,7 @@ def examine(edge, config, page, shots):
         time.sleep(0.2)
     well = True
     for name, address in [("worklist", f"http://{page}/"), ("study", f"{study}?heatmap=1"), ("system", f"http://{page}/system")]:
-        # The page is dumped as soon as it is loaded; the first event may come a moment later.
-        for _ in range(5):
+        for _ in range(TRIES):
             loaded = chromium("--dump-dom", address)
             if LIVE in loaded.stdout:
                 break
@@ -88,7 +89,9 @@ def examine(edge, config, page, shots):
             well &= check("study: the picture is drawn", 'id="no-picture" hidden' in loaded.stdout, "")
         if shots:
             pathlib.Path(shots).mkdir(parents=True, exist_ok=True)
-            chromium(f"--screenshot={pathlib.Path(shots, name + '.png').resolve()}", "--window-size=1280,1100", address)
+            for width in (1280, 500):
+                shot = pathlib.Path(shots, f"{name}-{width}.png").resolve()
+                chromium(f"--screenshot={shot}", f"--window-size={width},1100", address)
     return 0 if well else 1
 
 

@@ -42,7 +42,7 @@ pub(crate) fn page(rows: &[Listed], n_more: usize) -> Markup {
             h1 { "Worklist" }
             p.counts {
                 span.count-alarm[n_positive > 0] #n-positive data-count=(n_positive) { strong { (n_positive) } " suspected" }
-                span { strong { (rows.len() + n_more) } " studies" }
+                span { strong { (rows.len() + n_more) } @if rows.len() + n_more == 1 { " study" } @else { " studies" } }
             }
         }
         @if rows.is_empty() {

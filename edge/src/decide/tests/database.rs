@@ -47,6 +47,21 @@ fn what_is_too_old_is_forgotten_with_everything_that_belongs_to_it() {
 }
 
 #[test]
+fn what_came_while_the_clock_was_not_set_goes_with_the_last_of_its_objects() {
+    let mut bench = Bench::new();
+    let mut slices = series("1.2", 1.0);
+    // Ten minutes after 1970 began.
+    slices
+        .iter_mut()
+        .for_each(|slice| slice.received_ms = 600_000);
+    bench.receive(&slices);
+    bench.complete();
+    let store = bench.store();
+    assert_eq!(store.forget(RECEIVED_MS, 59).unwrap(), []);
+    assert_eq!(store.forget(RECEIVED_MS, 60).unwrap(), [study_uid()]);
+}
+
+#[test]
 fn objects_without_an_image_are_forgotten_too() {
     let mut bench = Bench::new();
     let mut report = Slice::new("1.8", 1, 0.0).refused("sop-class");

@@ -63,6 +63,7 @@ struct Slice {
     logit: f32,
     facts: SliceFacts,
     reason: Option<Reason>,
+    received_ms: i64,
 }
 
 impl Slice {
@@ -84,6 +85,7 @@ impl Slice {
                 ..SliceFacts::default()
             },
             reason: None,
+            received_ms: RECEIVED_MS,
         }
     }
 
@@ -227,7 +229,7 @@ fn items(study: &str, slice: &Slice, sequence: u64) -> [Item; 2] {
     let item = |part| Item {
         sequence,
         is_again: false,
-        received_ms: RECEIVED_MS,
+        received_ms: slice.received_ms,
         sop_uid: Uid::new(&slice.sop).ok(),
         sop_class_uid: slice.class.to_owned(),
         object: Arc::clone(&object),

@@ -116,3 +116,17 @@ fn a_gap_forbids_not_detected_but_takes_no_positive_away() {
     assert_eq!(codes(&result.outcome), "positive");
     assert!(result.remarks[0].contains("no analysed slice"));
 }
+
+#[test]
+fn a_series_too_sparse_is_not_judged_and_one_at_the_limit_is() {
+    for (spacing_mm, code) in [(10.0, "not-detected"), (10.5, "spacing")] {
+        let mut slices = series("1.2", -1.0);
+        for (index, slice) in (0_u32..).zip(&mut slices) {
+            slice.facts.z_mm = Some(f64::from(index) * spacing_mm);
+        }
+        let mut bench = Bench::new();
+        bench.receive(&slices);
+        let result = bench.complete();
+        assert_eq!(codes(&result.outcome), code, "{spacing_mm} mm");
+    }
+}
