@@ -162,3 +162,30 @@ fn cross_entropy_of_a_saturated_logit_is_finite_and_pulls_back() {
         "{gradient:?}"
     );
 }
+
+/// Where its arithmetic holds (logits of moderate size), candle-nn is a second opinion that nobody here wrote.
+#[test]
+fn dense_and_cross_entropy_agree_with_candle_nn() {
+    use candle_nn::{Linear, Module, loss::binary_cross_entropy_with_logit};
+    let (x, w, b) = (
+        variable(11, &[5, 37]),
+        variable(12, &[1, 37]),
+        variable(13, &[1]),
+    );
+    let labels = [1_f32, 0.0, 1.0, 1.0, 0.0];
+    let targets: Vec<f32> = labels.iter().flat_map(|label| [*label, 1.0]).collect();
+    let targets = Tensor::from_vec(targets, (5, 2), &Device::Cpu).unwrap();
+    let labels = Tensor::from_slice(&labels, (5, 1), &Device::Cpu).unwrap();
+    let ours = x.apply_op3(&w, &b, Dense { has_relu: false }).unwrap();
+    let ours = ours.apply_op2(&targets, BinaryCrossEntropy).unwrap();
+    let linear = Linear::new(w.as_tensor().clone(), Some(b.as_tensor().clone()));
+    let theirs = binary_cross_entropy_with_logit(&linear.forward(&x).unwrap(), &labels).unwrap();
+    assert!((scalar(&ours) - scalar(&theirs)).abs() < 1e-6);
+    let (ours, theirs) = (ours.backward().unwrap(), theirs.backward().unwrap());
+    for variable in [&x, &w, &b] {
+        let of = |store: &candle_core::backprop::GradStore| values(store.get(variable).unwrap());
+        for (a, b) in of(&ours).iter().zip(of(&theirs)) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
+    }
+}
