@@ -296,8 +296,16 @@ pub fn for_each_batch(
     })
 }
 
-/// Changes the images of a batch in place; the changes follow from (seed, epoch, step in the epoch).
-pub fn augment(options: Augmentation, seed: u64, epoch: u32, step: usize, batch: &mut Batch) {
+/// Changes the images of a batch in place; the changes follow from (seed, epoch, step in the epoch). `first` is the place of the batch's first image
+/// among those of the whole step, of which other ranks hold the rest.
+pub fn augment(
+    options: Augmentation,
+    seed: u64,
+    epoch: u32,
+    step: usize,
+    first: usize,
+    batch: &mut Batch,
+) {
     if options == Augmentation::default() {
         return;
     }
@@ -306,9 +314,19 @@ pub fn augment(options: Augmentation, seed: u64, epoch: u32, step: usize, batch:
         .wrapping_add(step as u64);
     let mut random = Random::new(seed, stream);
     let shift = usize::from(options.shift);
-    for image in batch.images.chunks_exact_mut(TENSOR_BYTES) {
+    let mut change = || {
         let is_flipped = options.flip && random.below(2) == 1;
-        let (down, right) = (random.below(2 * shift + 1), random.below(2 * shift + 1));
+        (
+            is_flipped,
+            random.below(2 * shift + 1),
+            random.below(2 * shift + 1),
+        )
+    };
+    for _ in 0..first {
+        change();
+    }
+    for image in batch.images.chunks_exact_mut(TENSOR_BYTES) {
+        let (is_flipped, down, right) = change();
         let before = image.to_vec();
         for plane in 0..CHANNELS {
             for row in 0..SIDE {
@@ -430,6 +448,7 @@ mod tests {
                 1,
                 0,
                 step,
+                0,
                 &mut batch,
             );
             assert_eq!(count(&batch.images), 1);
@@ -441,5 +460,27 @@ mod tests {
                 "{column}"
             );
         }
+    }
+
+    #[test]
+    fn images_change_alike_whichever_rank_has_them() {
+        let mut random = Random::new(3, 0);
+        let mut whole = Batch {
+            images: (0..3 * TENSOR_BYTES)
+                .map(|_| u8::try_from(random.below(256)).unwrap())
+                .collect(),
+            targets: vec![1.0; 6],
+        };
+        let options = Augmentation {
+            flip: true,
+            shift: 5,
+        };
+        let mut second = Batch {
+            images: whole.images[TENSOR_BYTES..].to_vec(),
+            targets: vec![1.0; 4],
+        };
+        augment(options, 1, 2, 7, 0, &mut whole);
+        augment(options, 1, 2, 7, 1, &mut second);
+        assert!(whole.images[TENSOR_BYTES..] == second.images);
     }
 }

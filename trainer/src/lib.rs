@@ -1,5 +1,5 @@
 //! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, train, quantization_aware, checkpoint,
+//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, ranks, train, quantization_aware, checkpoint,
 //! metrics, bootstrap, export, quantize, verify, report.
 
 pub mod allocator;
@@ -36,6 +36,7 @@ pub mod progress;
 pub mod quantization_aware;
 pub mod quantize;
 pub mod random;
+pub mod ranks;
 pub mod report;
 pub mod rsna;
 pub mod source;

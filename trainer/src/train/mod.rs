@@ -33,6 +33,7 @@ use crate::features::Features;
 use crate::interrupt;
 use crate::network::Network;
 use crate::operators::optimiser::Moments;
+use crate::ranks::{Place, Ranks};
 use crate::split::{LEAK_WARNING, SplitBy};
 
 /// The publication's batch.
@@ -175,7 +176,11 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     }
     let cache = Cache::open(&args.data)?;
     let stop = interrupt::watch().context("waiting for Ctrl-C")?;
-    let summary = train_until(&args.options(), &cache, &args.out, stop)?;
+    let place = Place::from_environment(|name| std::env::var(name).ok())?;
+    let summary = train_in(place.as_ref(), &args.options(), &cache, &args.out, stop)?;
+    if place.is_some_and(|place| place.rank > 0) {
+        return Ok(Exit::Ok.into());
+    }
     let mut stdout = std::io::stdout().lock();
     if args.json {
         writeln!(stdout, "{}", serde_json::to_string(&summary)?)?;
@@ -231,7 +236,28 @@ pub fn train_until(
     out: &Path,
     stop: &AtomicBool,
 ) -> Result<RunSummary> {
+    train_in(None, options, cache, out, stop)
+}
+
+/// As [`train_until`], as one of several processes where `place` says so: each step's batch is shared among them, rank 0 writes the files, and
+/// every rank must see the cache and the run folder.
+///
+/// # Errors
+/// As [`train`]; a rank that does not come, or is lost.
+pub fn train_in(
+    place: Option<&Place>,
+    options: &TrainOptions,
+    cache: &Cache,
+    out: &Path,
+    stop: &AtomicBool,
+) -> Result<RunSummary> {
     let architecture = checked(options)?;
+    if place.is_some() && options.qat_epochs > 0 {
+        return Err(fault(
+            Exit::Usage,
+            "--qat trains on one process; fine-tune with it after a run on several",
+        ));
+    }
     fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
     let plan = Plan::new(options, architecture, cache)?;
     let network = Network::new(architecture, options.width, options.seed, &Device::Cpu)?;
@@ -251,6 +277,8 @@ pub fn train_until(
         out,
         moments: vec![Moments::default(); network.parameters().len()],
         network,
+        ranks: Ranks::Alone,
+        is_stop_agreed: false,
         position: Position {
             best_loss: f64::INFINITY,
             ..Position::default()
@@ -260,7 +288,7 @@ pub fn train_until(
         validation: None,
         last_loss: f64::NAN,
     };
-    run.start()?;
+    run.start(place)?;
     let is_stopped = run.epochs(stop)?;
     run.finish(is_stopped)
 }

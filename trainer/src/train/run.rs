@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::Tensor;
 
 use super::plan::Plan;
 use super::progress::Progress;
@@ -20,6 +21,7 @@ use crate::network::Network;
 use crate::operators::loss::BinaryCrossEntropy;
 use crate::operators::optimiser::{AdamStep, Moments, SgdStep};
 use crate::quantization_aware;
+use crate::ranks::{Place, Ranks};
 
 /// Time spent in training steps, and their images.
 #[derive(Default)]
@@ -36,6 +38,16 @@ impl Watch {
     }
 }
 
+/// What one step is made of.
+struct Step<'a> {
+    /// The rows of this rank.
+    own: &'a [usize],
+    /// Images of all ranks.
+    n_images: usize,
+    /// Steps in the epoch.
+    n_steps: usize,
+}
+
 /// A run in progress.
 pub(super) struct Run<'a> {
     pub(super) options: &'a TrainOptions,
@@ -43,6 +55,10 @@ pub(super) struct Run<'a> {
     pub(super) cache: &'a Cache,
     pub(super) out: &'a Path,
     pub(super) network: Network,
+    /// The processes that share the batches.
+    pub(super) ranks: Ranks,
+    /// Whether a rank was asked to stop, as all of them know since the last step.
+    pub(super) is_stop_agreed: bool,
     pub(super) moments: Vec<Moments>,
     pub(super) position: Position,
     pub(super) fingerprint: String,
@@ -56,8 +72,8 @@ pub(super) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Begins anew or continues from the checkpoint, and brings the tables to that place.
-    pub(super) fn start(&mut self) -> Result<()> {
+    /// Begins anew or continues from the checkpoint, meets the other ranks, and brings the tables to that place.
+    pub(super) fn start(&mut self, place: Option<&Place>) -> Result<()> {
         let config = toml::to_string(self.options).context("writing the configuration")?;
         let found = if self.options.resume {
             checkpoint::load(self.out, self.network.parameters(), &self.fingerprint)?
@@ -72,6 +88,12 @@ impl Run<'_> {
                 self.out.display()
             );
         }
+        let common = format!("{} {:?}", self.fingerprint, self.position);
+        self.ranks = Ranks::meet(place, &common)?;
+        self.spread_weights()?;
+        if !self.ranks.is_root() {
+            return Ok(());
+        }
         write_atomically(&self.out.join("config.toml"), config.as_bytes())?;
         keep_rows(
             &self.out.join("history.csv"),
@@ -83,6 +105,21 @@ impl Run<'_> {
             "epoch,loss,val_loss,val_accuracy,learning_rate,images_per_second,seconds",
             u64::from(self.position.epoch),
         )
+    }
+
+    /// Gives every rank the weights of rank 0, so that they are the same bits though CPUs may differ.
+    fn spread_weights(&mut self) -> Result<()> {
+        if self.ranks.n() == 1 {
+            return Ok(());
+        }
+        for parameter in self.network.parameters() {
+            let variable = &parameter.variable;
+            let mut values = variable.flatten_all()?.to_vec1::<f32>()?;
+            self.ranks.spread(&mut values)?;
+            let shape = variable.shape();
+            variable.set(&Tensor::from_vec(values, shape, variable.device())?)?;
+        }
+        Ok(())
     }
 
     /// Trains to the end or to the stop; says whether it was stopped.
@@ -130,25 +167,49 @@ impl Run<'_> {
     fn epoch(&mut self, stop: &AtomicBool) -> Result<bool> {
         let steps = self.plan.steps(self.options, self.position.epoch);
         let first = usize::try_from(self.position.step_in_epoch).context("steps of an epoch")?;
-        let mut history = append(&self.out.join("history.csv"))?;
+        let mut history = self.table("history.csv")?;
+        // This rank's images of each step.
+        let shares: Vec<std::ops::Range<usize>> = steps
+            .iter()
+            .map(|rows| self.ranks.share(rows.len()))
+            .collect();
+        let own = steps.iter().zip(&shares);
+        let own: Vec<Vec<usize>> = own
+            .map(|(rows, share)| rows[share.clone()].to_vec())
+            .collect();
         let progress = Progress::new(self.plan.n_epochs, self.position.epoch, &steps, first);
         let (options, epoch) = (self.options, self.position.epoch);
         let (cache, weights) = (self.cache, self.plan.weights);
         let mut is_whole = true;
         for_each_batch(
             cache,
-            &steps,
+            &own,
             first,
             weights,
-            |step, batch| augment(options.augmentation, options.seed, epoch, step, batch),
+            |step, batch| {
+                let place = shares[step].start;
+                augment(
+                    options.augmentation,
+                    options.seed,
+                    epoch,
+                    step,
+                    place,
+                    batch,
+                );
+            },
             |index, batch| {
-                if stop.load(Ordering::Relaxed) {
+                if self.is_stop_agreed || self.ranks.n() == 1 && stop.load(Ordering::Relaxed) {
                     is_whole = false;
                     return Ok(false);
                 }
-                let n_images = batch.n_images() as u64;
+                let n_images = steps[index].len() as u64;
                 let begin = Instant::now();
-                let loss = self.step(batch, &steps[index], steps.len())?;
+                let step = Step {
+                    own: &own[index],
+                    n_images: steps[index].len(),
+                    n_steps: steps.len(),
+                };
+                let loss = self.step(batch, &step, stop.load(Ordering::Relaxed))?;
                 self.watch.training += begin.elapsed();
                 self.watch.n_images += n_images;
                 self.position.step += 1;
@@ -162,9 +223,11 @@ impl Run<'_> {
                     "step {}: the loss is {loss}; try a smaller learning rate",
                     self.position.step
                 );
-                writeln!(history, "{},{},{loss}", self.position.step, epoch + 1)
-                    .context("writing history.csv")?;
-                progress.tell(n_images, self.mean_loss(), self.watch.images_per_second());
+                if let Some(history) = &mut history {
+                    writeln!(history, "{},{},{loss}", self.position.step, epoch + 1)
+                        .context("writing history.csv")?;
+                    progress.tell(n_images, self.mean_loss(), self.watch.images_per_second());
+                }
                 Ok(true)
             },
         )?;
@@ -190,27 +253,15 @@ impl Run<'_> {
         self.plan.rate(self.options.schedule, done)
     }
 
-    /// One optimiser step; returns the loss before it.
-    fn step(&mut self, batch: Batch, rows: &[usize], steps_in_epoch: usize) -> Result<f32> {
-        let (images, targets) = to_tensors(batch)?;
-        let logits = match &mut self.features {
-            Some(features) => {
-                let features = features.of(&self.network, self.cache, rows)?;
-                self.network.head(&features)?
-            }
-            None => self.network.forward(&images)?,
-        };
-        let loss = logits.apply_op2(&targets, BinaryCrossEntropy)?;
-        let gradients = loss.backward()?;
-        let rate = self.rate(steps_in_epoch);
-        for (parameter, moments) in self.network.parameters().iter().zip(&mut self.moments) {
-            if !parameter.is_trained {
-                continue;
-            }
+    /// One optimiser step; returns the loss before it, over all ranks.
+    fn step(&mut self, batch: Batch, step: &Step<'_>, wants_stop: bool) -> Result<f32> {
+        let (loss, gradients) = self.gradients(batch, step.own)?;
+        let (loss, gradients) = self.reduced(loss, gradients, step, wants_stop)?;
+        let rate = self.rate(step.n_steps);
+        let trained = self.network.parameters().iter().zip(&mut self.moments);
+        let trained = trained.filter(|(parameter, _)| parameter.is_trained);
+        for ((parameter, moments), gradient) in trained.zip(&gradients) {
             let variable = &parameter.variable;
-            let gradient = gradients
-                .get(variable)
-                .with_context(|| format!("no gradient of {}", parameter.name))?;
             match self.plan.optimiser {
                 OptimiserKind::Adam => AdamStep::new(moments, self.position.step + 1, rate)
                     .apply(variable, gradient)?,
@@ -221,7 +272,73 @@ impl Run<'_> {
                 OptimiserKind::Sgd => SgdStep { rate: rate as f32 }.apply(variable, gradient)?,
             }
         }
-        Ok(loss.to_scalar::<f32>()?)
+        Ok(loss)
+    }
+
+    /// Loss and gradients of the trained parameters, means over this rank's images; zeros where it has none.
+    fn gradients(&mut self, batch: Batch, rows: &[usize]) -> Result<(f32, Vec<Tensor>)> {
+        let trained = self.network.parameters().iter();
+        let trained: Vec<_> = trained.filter(|parameter| parameter.is_trained).collect();
+        if rows.is_empty() {
+            let zeros = trained
+                .iter()
+                .map(|parameter| parameter.variable.zeros_like());
+            return Ok((0.0, zeros.collect::<Result<_, _>>()?));
+        }
+        let (images, targets) = to_tensors(batch)?;
+        let logits = match &mut self.features {
+            Some(features) => {
+                let features = features.of(&self.network, self.cache, rows)?;
+                self.network.head(&features)?
+            }
+            None => self.network.forward(&images)?,
+        };
+        let loss = logits.apply_op2(&targets, BinaryCrossEntropy)?;
+        let mut store = loss.backward()?;
+        let gradients = trained.iter().map(|parameter| {
+            let gradient = store.remove(&parameter.variable);
+            gradient.with_context(|| format!("no gradient of {}", parameter.name))
+        });
+        Ok((loss.to_scalar::<f32>()?, gradients.collect::<Result<_>>()?))
+    }
+
+    /// Means over the images of all ranks, from this rank's means. Whether a rank wants to stop travels with them.
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "counts of images are far below 2^24"
+    )]
+    fn reduced(
+        &mut self,
+        loss: f32,
+        gradients: Vec<Tensor>,
+        step: &Step<'_>,
+        wants_stop: bool,
+    ) -> Result<(f32, Vec<Tensor>)> {
+        if self.ranks.n() == 1 {
+            return Ok((loss, gradients));
+        }
+        let (own, all) = (step.own.len() as f32, step.n_images as f32);
+        let mut values = vec![f32::from(u8::from(wants_stop)), loss * own];
+        for gradient in &gradients {
+            let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+            values.extend(gradient.iter().map(|value| value * own));
+        }
+        self.ranks.sum(&mut values)?;
+        self.is_stop_agreed = values[0] > 0.0;
+        let loss = values[1] / all;
+        let mut rest = &values[2..];
+        let mut reduced = Vec::with_capacity(gradients.len());
+        for gradient in &gradients {
+            let (here, after) = rest.split_at(gradient.elem_count());
+            let means: Vec<f32> = here.iter().map(|value| value / all).collect();
+            reduced.push(Tensor::from_vec(
+                means,
+                gradient.shape(),
+                gradient.device(),
+            )?);
+            rest = after;
+        }
+        Ok((loss, reduced))
     }
 
     /// Validation, the epoch's row, the checkpoint.
@@ -242,7 +359,7 @@ impl Run<'_> {
         {
             self.position.best_loss = loss;
             self.position.best_epoch = self.position.epoch;
-            if self.options.patience.is_some() {
+            if self.options.patience.is_some() && self.ranks.is_root() {
                 self.network.save(&self.out.join(BEST_FILE))?;
             }
         }
@@ -250,7 +367,9 @@ impl Run<'_> {
             Some((loss, accuracy)) => (loss.to_string(), accuracy.to_string()),
             None => (String::new(), String::new()),
         };
-        let mut epochs = append(&self.out.join("epochs.csv"))?;
+        let Some(mut epochs) = self.table("epochs.csv")? else {
+            return Ok(());
+        };
         writeln!(
             epochs,
             "{},{},{val_loss},{val_accuracy},{rate},{:.2},{:.1}",
@@ -263,21 +382,38 @@ impl Run<'_> {
         self.save()
     }
 
-    /// Mean loss and accuracy (at logit 0) on the validation part; `None` where it is empty.
+    /// Mean loss and accuracy (at logit 0) on the validation part, which the ranks share; `None` where it is empty.
     fn validate(&mut self) -> Result<Option<(f64, f64)>> {
         let rows = self.plan.validation.rows();
-        let logits = match &mut self.features {
-            _ if rows.is_empty() => return Ok(None),
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let share = self.ranks.share(rows.len());
+        let own = &rows[share.clone()];
+        let own = match &mut self.features {
+            _ if own.is_empty() => Vec::new(),
             Some(features) => {
-                let features = features.of(&self.network, self.cache, &rows)?;
+                let features = features.of(&self.network, self.cache, own)?;
                 self.network.head(&features)?.flatten_all()?.to_vec1()?
             }
-            None => logits(&self.network, self.cache, &rows)?,
+            None => logits(&self.network, self.cache, own)?,
         };
-        Ok(Some(judge(&logits, self.cache, &rows)))
+        let mut all = vec![-0.0; rows.len()];
+        all[share].copy_from_slice(&own);
+        self.ranks.sum(&mut all)?;
+        Ok(Some(judge(&all, self.cache, &rows)))
+    }
+
+    /// A table of the run folder to append to; rank 0 alone has it.
+    fn table(&self, name: &str) -> Result<Option<fs::File>> {
+        let is_root = self.ranks.is_root();
+        is_root.then(|| append(&self.out.join(name))).transpose()
     }
 
     fn save(&self) -> Result<()> {
+        if !self.ranks.is_root() {
+            return Ok(());
+        }
         checkpoint::save(
             self.out,
             self.network.parameters(),
@@ -294,13 +430,19 @@ impl Run<'_> {
             WEIGHTS_FILE
         });
         if !is_stopped {
-            if self.options.patience.is_some() && self.out.join(BEST_FILE).exists() {
-                self.network.set_weights(&self.out.join(BEST_FILE))?;
+            if self.options.patience.is_some() {
+                let best = self.out.join(BEST_FILE);
+                if self.ranks.is_root() && best.exists() {
+                    self.network.set_weights(&best)?;
+                }
+                self.spread_weights()?;
             }
             if self.validation.is_none() || self.options.patience.is_some() {
                 self.validation = self.validate()?;
             }
-            self.network.save(&weights)?;
+            if self.ranks.is_root() {
+                self.network.save(&weights)?;
+            }
         }
         Ok(RunSummary {
             model: self.options.model.clone(),

@@ -1,0 +1,155 @@
+//! Several processes train one network: the program itself, over loopback.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at the first fault; its helpers too"
+)]
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use trainer::export::read_weights;
+
+/// Longest wait for a file of another process.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn trainer(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+    command
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] {
+        command.env_remove(name);
+    }
+    command.env("RAYON_NUM_THREADS", "1");
+    command
+}
+
+#[track_caller]
+fn done(mut command: Command) {
+    let output = command.output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{message}");
+}
+
+fn prepared(folder: &Path) -> String {
+    let cache = folder.join("cache").to_str().unwrap().to_owned();
+    let source = "prepare --phantom 16 --slices 6 --matrix 64 --seed 4 --out";
+    let arguments: Vec<&str> = source.split(' ').chain([cache.as_str()]).collect();
+    done(trainer(&arguments));
+    cache
+}
+
+/// Plain SGD, where a difference in rounding stays one: Adam's first steps have the size of the rate whatever the gradient's.
+fn arguments<'a>(cache: &'a str, epochs: &'a str, out: &'a str) -> Vec<&'a str> {
+    let options = "train --model vanilla --width 0.01 --batch 5 --shift 2";
+    options
+        .split(' ')
+        .chain(["--data", cache, "--epochs", epochs, "--out", out])
+        .collect()
+}
+
+/// One of `n` ranks, not awaited.
+fn rank(arguments: &[&str], rank: u32, n: u32, port: u16) -> Child {
+    let mut command = trainer(arguments);
+    command
+        .env("RANK", rank.to_string())
+        .env("WORLD_SIZE", n.to_string())
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", port.to_string());
+    command.spawn().unwrap()
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Largest difference between the weights of two runs.
+fn difference(a: &str, b: &str) -> f32 {
+    let read = |run: &str| {
+        read_weights(&Path::new(run).join("model.safetensors"))
+            .unwrap()
+            .2
+    };
+    let (a, b) = (read(a), read(b));
+    assert_eq!(a.len(), b.len());
+    let mut largest = 0.0_f32;
+    for (name, weight) in &a {
+        for (a, b) in weight.values.iter().zip(&b[name].values) {
+            largest = largest.max((a - b).abs());
+        }
+    }
+    largest
+}
+
+#[test]
+fn two_ranks_equal_one_with_the_same_batch() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = prepared(folder.path());
+    let [one, two] =
+        ["one", "two"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
+    done(trainer(&arguments(&cache, "3", &one)));
+    let (ranked, port) = (arguments(&cache, "3", &two), free_port());
+    let ranks = [0, 1].map(|number| rank(&ranked, number, 2, port));
+    for (number, child) in ranks.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "rank {number}: {message}");
+        // Rank 0 alone speaks.
+        assert_eq!(output.stdout.is_empty(), number > 0);
+    }
+    let found = difference(&one, &two);
+    assert!(found <= 1e-6, "{found}");
+    let losses = |run: &str| -> Vec<f64> {
+        let text = std::fs::read_to_string(Path::new(run).join("history.csv")).unwrap();
+        let rows = text.lines().skip(1);
+        rows.map(|row| row.rsplit(',').next().unwrap().parse().unwrap())
+            .collect()
+    };
+    let (one, two) = (losses(&one), losses(&two));
+    assert_eq!(one.len(), two.len());
+    assert!(one.len() >= 6 && one.iter().zip(&two).all(|(a, b)| (a - b).abs() <= 1e-6));
+}
+
+#[test]
+fn a_run_that_lost_a_rank_says_so_and_goes_on_with_another_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = prepared(folder.path());
+    let [whole, broken] =
+        ["whole", "broken"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
+    let epochs = "20";
+    done(trainer(&arguments(&cache, epochs, &whole)));
+    let (ranked, port) = (arguments(&cache, epochs, &broken), free_port());
+    let mut children = [0, 1, 2].map(|number| rank(&ranked, number, 3, port));
+    let table = Path::new(&broken).join("epochs.csv");
+    let begin = Instant::now();
+    while std::fs::read_to_string(&table)
+        .unwrap_or_default()
+        .lines()
+        .count()
+        < 3
+    {
+        assert!(begin.elapsed() < PATIENCE, "no epoch was trained");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    children[1].kill().unwrap();
+    for (number, child) in children.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        if number != 1 {
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(69), "rank {number}: {message}");
+            assert!(
+                message.contains("rank 1 was lost"),
+                "rank {number}: {message}"
+            );
+        }
+    }
+    let mut resumed = arguments(&cache, epochs, &broken);
+    resumed.push("--resume");
+    done(trainer(&resumed));
+    let found = difference(&whole, &broken);
+    assert!(found <= 1e-5, "{found}");
+}
