@@ -14,6 +14,7 @@ slowest of one takes longer than 1.0 s.
 
 import argparse
 import json
+import multiprocessing
 import pathlib
 import socket
 import statistics
@@ -70,21 +71,18 @@ def classified(edge, model, folder):
     return {line["sop_uid"]: line["logit"] for line in lines if line.get("logit") is not None}
 
 
-class Pacs:
-    """Notes when reports come: study, whether preliminary, monotonic time."""
+def pacs(port, came):
+    """In a process of its own: notes when the first report of each kind about a study comes. Monotonic time is that of the machine."""
 
-    def __init__(self):
-        self.came = {}
-        entity = AE(ae_title="PACS")
-        for report in REPORTS:
-            entity.add_supported_context(report, EXPLICIT)
-        self.port = free_port()
-        self.server = entity.start_server(("127.0.0.1", self.port), block=False, evt_handlers=[(evt.EVT_C_STORE, self.store)])
-
-    def store(self, event):
+    def store(event):
         now, report = time.monotonic(), event.dataset
-        self.came.setdefault((report.StudyInstanceUID, report.PreliminaryFlag == "PRELIMINARY"), now)
+        came.setdefault((str(report.StudyInstanceUID), report.PreliminaryFlag == "PRELIMINARY"), now)
         return 0
+
+    entity = AE(ae_title="PACS")
+    for report in REPORTS:
+        entity.add_supported_context(report, EXPLICIT)
+    entity.start_server(("127.0.0.1", port), evt_handlers=[(evt.EVT_C_STORE, store)])
 
 
 def send(port, slices, rate):
@@ -118,23 +116,25 @@ def run(arguments, folder):
     subprocess.run([arguments.trainer, "phantom", "--out", studies, "--studies", str(arguments.studies), "--seed",
                     str(arguments.seed), "--slices", str(arguments.slices)], check=True, stdout=subprocess.DEVNULL)
     rule, logits = study_rule(arguments.model), classified(arguments.edge, arguments.model, studies)
-    pacs, port = Pacs(), free_port()
+    came, port, pacs_port = multiprocessing.Manager().dict(), free_port(), free_port()
+    receiver = multiprocessing.Process(target=pacs, args=(pacs_port, came), daemon=True)
+    receiver.start()
     config = folder / "edge.toml"
     config.write_text(
         f'dicom_bind = "127.0.0.1"\ndicom_port = {port}\nhttp_bind = "127.0.0.1:0"\nstate_dir = "state"\n'
-        f'model = "{arguments.model.resolve()}"\n[pacs]\nae_title = "PACS"\nhost = "127.0.0.1"\nport = {pacs.port}\n'
+        f'model = "{arguments.model.resolve()}"\n[pacs]\nae_title = "PACS"\nhost = "127.0.0.1"\nport = {pacs_port}\n'
         "[retention]\nkeep_free_mib = 16\n")
     node = subprocess.Popen([arguments.edge, "serve", "--config", config], stderr=subprocess.DEVNULL)
     try:
         time.sleep(3)
-        return measure(arguments, studies, rule, logits, pacs, port)
+        return measure(arguments, studies, rule, logits, came, port)
     finally:
         node.terminate()
         node.wait(60)
-        pacs.server.shutdown()
+        receiver.terminate()
 
 
-def measure(arguments, studies, rule, logits, pacs, port):
+def measure(arguments, studies, rule, logits, reports, port):
     sent = []
     folders = sorted({path.parent for path in studies.rglob("*.dcm")})
     for files in folders:
@@ -147,7 +147,7 @@ def measure(arguments, studies, rule, logits, pacs, port):
     time.sleep(QUIET_S + 10)
     provisional, final = [], []
     for study, by, times in sent:
-        came, said = pacs.came.get((study, True)), pacs.came.get((study, False))
+        came, said = reports.get((study, True)), reports.get((study, False))
         assert (came is None) == (by is None), f"{study}: decided by {by}, provisional report {came}"
         assert said is not None, f"{study}: no final report"
         if came is not None:
@@ -165,7 +165,7 @@ def main():
     parser.add_argument("--edge", default="target/debug/edge")
     parser.add_argument("--trainer", default="target/debug/trainer")
     parser.add_argument("--model", required=True, type=pathlib.Path)
-    parser.add_argument("--studies", type=int, default=30)
+    parser.add_argument("--studies", type=int, default=20)
     parser.add_argument("--slices", type=int, default=64)
     parser.add_argument("--seed", type=int, default=9001)
     parser.add_argument("--rate", type=float, default=50, help="slices a second")
