@@ -1,7 +1,7 @@
 //! aarch64 with dot product (Cortex-A76 and later): `sdot` by element, 16 products in one instruction.
 //!
 //! `sdot` multiplies s8 by s8, so the kernel computes with `activation - 128`, as `neon.rs` does. One load of 16 activations of a
-//! position serves four steps of four, chosen by the instruction's lane. A tile is one 2 x 2 window by 16 output channels: 16 of
+//! position serves four steps of four, chosen by the instruction's lane. A tile is one 2 x 2 window by 24 output channels: 24 of
 //! the 32 registers hold sums, four activations, four weights.
 //!
 //! The intrinsic is unstable in Rust 1.95, hence one line of assembly.
@@ -13,10 +13,10 @@ use std::arch::asm;
 use super::neon::{load_i32, load_offset, load_weights, requantize};
 use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
 
-/// 4 channels a vector, four vectors a block, four activations a group, 16 a step.
+/// 4 channels a vector, six vectors a block, four activations a group, 16 a step.
 pub(super) const GEOMETRY: Geometry = Geometry {
     lanes: 4,
-    max_vectors: 4,
+    max_vectors: 6,
     group: 4,
     step: 16,
     weight: WeightFormat::Bytes,
@@ -31,6 +31,8 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
         8 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
         12 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
         16 => (0..row.n_columns).for_each(|column| tile::<4>(row, column, out)),
+        20 => (0..row.n_columns).for_each(|column| tile::<5>(row, column, out)),
+        24 => (0..row.n_columns).for_each(|column| tile::<6>(row, column, out)),
         n => panic!("a block of {n} channels was not packed for this kernel"),
     }
 }
