@@ -10,6 +10,7 @@ mod arguments;
 mod plan;
 mod progress;
 mod run;
+mod step;
 
 use std::fs;
 use std::io::Write;
