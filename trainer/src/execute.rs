@@ -237,6 +237,26 @@ impl FloatGraph {
         Ok(())
     }
 
+    /// Runs on until the tensor `before` is the next to be computed, or to the end.
+    ///
+    /// # Errors
+    ///
+    /// As [`FloatGraph::advance`].
+    pub fn advance_to(
+        &self,
+        run: &mut Run,
+        before: &str,
+        hook: &mut dyn FnMut(&str, &mut Tensor),
+    ) -> Result<(), ExecuteError> {
+        while let Some(step) = self.steps.get(run.next) {
+            if self.names[step.output] == before {
+                break;
+            }
+            self.advance(run, Some(&self.names[step.output]), hook)?;
+        }
+        Ok(())
+    }
+
     /// The logit of one u8 image `[3, 256, 256]`.
     ///
     /// # Errors

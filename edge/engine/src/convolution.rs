@@ -61,28 +61,18 @@ impl GeneralConvolution {
             && outputs > 0
             && outputs.is_multiple_of(groups)
             && !definition.strides.contains(&0)
-            && !definition.dilations.contains(&0)
-            && !definition.weights.contains(&i8::MIN.cast_unsigned());
+            && !definition.dilations.contains(&0);
         if !fits {
             return None;
         }
         let patch_bytes = filter.next_multiple_of(PATCH_STEP);
         let mut arranged = vec![0; outputs.checked_mul(patch_bytes)?];
-        let mut bias = Vec::with_capacity(outputs);
         for (output, from) in definition.weights.chunks_exact(filter).enumerate() {
             for (index, &weight) in from.iter().enumerate() {
                 arranged[output * patch_bytes + index % taps * inputs + index / taps] = weight;
             }
-            let sum = |f: fn(i64) -> i64| -> i64 {
-                from.iter().map(|w| f(i64::from(w.cast_signed()))).sum()
-            };
-            let folded =
-                i64::from(definition.bias[output]) - i64::from(definition.input_zero) * sum(|w| w);
-            if folded.abs() + 255 * sum(i64::abs) > i64::from(i32::MAX) {
-                return None;
-            }
-            bias.push(i32::try_from(folded).ok()?);
         }
+        let bias = folded_bias(&definition.weights, &definition.bias, definition.input_zero)?;
         Some(Self {
             definition,
             kernel,
@@ -101,17 +91,12 @@ impl GeneralConvolution {
             pads,
             ..
         } = &self.definition;
-        let mut size = [0; 2];
-        for axis in 0..2 {
-            let padded = image[axis]
-                .checked_add(pads[axis])?
-                .checked_add(pads[axis + 2])?;
-            let covered = (shape[2 + axis] - 1)
+        let covered = |axis: usize| {
+            (shape[2 + axis] - 1)
                 .checked_mul(dilations[axis])?
-                .checked_add(1)?;
-            size[axis] = padded.checked_sub(covered)? / strides[axis] + 1;
-        }
-        Some(size)
+                .checked_add(1)
+        };
+        windows(image, [covered(0)?, covered(1)?], *strides, *pads)
     }
 
     /// Input channels, all groups together.
@@ -171,7 +156,12 @@ impl GeneralConvolution {
                 &self.arranged[first * self.patch_bytes..][..per_group * self.patch_bytes];
             kernels::dense(self.kernel, &patch, weights, &mut sums);
             for (output, &sum) in (first..).zip(&sums) {
-                out[output * rows * columns + position] = self.requantize(sum, output);
+                out[output * rows * columns + position] = requantize(
+                    sum + self.bias[output],
+                    self.definition.scale[output],
+                    self.definition.output_zero,
+                    self.definition.lowest,
+                );
             }
         }
     }
@@ -193,19 +183,51 @@ impl GeneralConvolution {
         }
         (padded, row_bytes)
     }
+}
 
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "the conversion to f32 is the definition; the value is clamped to 0..=255 before it becomes u8"
-    )]
-    fn requantize(&self, sum: i32, output: usize) -> u8 {
-        let scaled = (sum + self.bias[output]) as f32 * self.definition.scale[output];
-        let zero = f32::from(self.definition.output_zero);
-        let shifted = scaled.clamp(-512.0, 512.0).round_ties_even() + zero;
-        shifted.clamp(f32::from(self.definition.lowest), 255.0) as u8
+/// Rows and columns of the positions of a window that covers `covered` on a padded image; `None` where it does not fit.
+pub(crate) fn windows(
+    image: [usize; 2],
+    covered: [usize; 2],
+    strides: [usize; 2],
+    pads: [usize; 4],
+) -> Option<[usize; 2]> {
+    let mut size = [0; 2];
+    for axis in 0..2 {
+        let padded = image[axis]
+            .checked_add(pads[axis])?
+            .checked_add(pads[axis + 2])?;
+        size[axis] = padded.checked_sub(covered[axis])? / strides[axis] + 1;
     }
+    Some(size)
+}
+
+/// The biases less `input_zero` x the sum of each output's weights; `None` where a weight is -128 or an accumulator could leave i32.
+pub(crate) fn folded_bias(weights: &[u8], bias: &[i32], input_zero: u8) -> Option<Vec<i32>> {
+    if bias.is_empty() || weights.is_empty() || weights.contains(&i8::MIN.cast_unsigned()) {
+        return None;
+    }
+    let filters = weights.chunks_exact(weights.len() / bias.len());
+    let of_output = |(from, &bias): (&[u8], &i32)| {
+        let sum =
+            |f: fn(i64) -> i64| -> i64 { from.iter().map(|w| f(i64::from(w.cast_signed()))).sum() };
+        let folded = i64::from(bias) - i64::from(input_zero) * sum(|w| w);
+        let reach = folded.abs() + 255 * sum(i64::abs);
+        i32::try_from(reach).ok().and(i32::try_from(folded).ok())
+    };
+    filters.zip(bias).map(of_output).collect()
+}
+
+/// `clamp(round_half_even(f32(sum) x scale) + zero, lowest, 255)`.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the conversion to f32 is the definition; the value is clamped to 0..=255 before it becomes u8"
+)]
+pub(crate) fn requantize(sum: i32, scale: f32, zero: u8, lowest: u8) -> u8 {
+    let shifted = (sum as f32 * scale).clamp(-512.0, 512.0).round_ties_even() + f32::from(zero);
+    shifted.clamp(f32::from(lowest), 255.0) as u8
 }
 
 #[cfg(test)]

@@ -215,6 +215,16 @@ impl Model {
         }
     }
 
+    /// Whether all of it is integer arithmetic, so that every CPU and every number of threads give the same logit bits.
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        match &self.program {
+            Program::Network(_) => true,
+            Program::Float(_) => false,
+            Program::Tract(model) => model.is_exact(),
+        }
+    }
+
     /// A session with its own buffers and threads. The first run starts them.
     #[must_use]
     pub fn session(&self) -> Session {

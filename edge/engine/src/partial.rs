@@ -1,119 +1,317 @@
-//! Puts our convolution into graphs that are not one chain: ResNet, Inception, any file in QDQ form.
+//! Puts our layers into graphs that are not one chain: ResNet, Inception, any file in QDQ form.
 //!
-//! In: the ONNX graph. Out: the same graph, in which each `DQ -> Conv [-> Relu] -> Q` of u8 activations, s8 weights and i32 bias has become one
-//! node of an operator of our own; tract runs it through [`GeneralConvolution`] and everything else as it comes. A convolution of another
-//! form stays as it is.
+//! In: the ONNX graph. Out: the same graph, in which each layer between DequantizeLinear and QuantizeLinear of u8 activations has become
+//! one node on u8: Conv, Add, AveragePool, GlobalAveragePool and Gemm (s8 weights, i32 biases) operators of our own, each with the Relu behind it;
+//! MaxPool, Concat and Flatten, where scale and zero point stay the same, themselves. A layer of another form stays as it is.
+//! tract runs the result. Where nothing was left over, all of it is integer arithmetic and gives the same bits on every CPU.
 
 use std::collections::HashSet;
 
-use tract_onnx::pb::{AttributeProto, GraphProto, NodeProto, TensorProto, tensor_proto::DataType};
+use tract_onnx::pb::{GraphProto, NodeProto, TensorProto, tensor_proto::DataType};
 
+use crate::attributes::{self, of_convolution, of_gemm, of_mean, of_sum};
 use crate::convolution::{Definition, GeneralConvolution};
-use crate::graph::{Graph, dimensions, f32_elements, i32_elements, integer, integers, is_zero};
+use crate::gemm::{self, Gemm};
+use crate::graph::{
+    Graph, dimensions, f32_elements, float, i32_elements, integer, integers, is_zero,
+};
 use crate::kernels::Kernel;
+use crate::mean::Mean;
+use crate::sum::Sum;
 
-/// Operator type of our node.
-pub(crate) const OPERATOR: &str = "QuantizedConvolution";
+/// What was replaced.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Replaced {
+    /// Convolutions that our operator runs.
+    pub(crate) n_convolutions: usize,
+    /// Whether every layer is integer arithmetic now.
+    pub(crate) is_all: bool,
+}
 
-/// Replaces what can be replaced; returns how many convolutions.
-pub(crate) fn replace_convolutions(proto: &mut GraphProto, kernel: Kernel) -> usize {
+/// Replaces what can be replaced.
+pub(crate) fn replace_layers(proto: &mut GraphProto, kernel: Kernel) -> Replaced {
     let graph = Graph::new(proto);
-    let found: Vec<(String, NodeProto)> = proto
+    let found: Vec<NodeProto> = proto
         .node
         .iter()
-        .filter(|node| node.op_type == "Conv")
         .filter_map(|node| replacement(&graph, node, kernel))
         .collect();
-    let n = found.len();
-    for (quantized, node) in found {
-        let of_value = |node: &NodeProto| node.output.first() == Some(&quantized);
-        if let Some(place) = proto.node.iter_mut().find(|node| of_value(node)) {
+    let is_convolution = |node: &&NodeProto| node.op_type == attributes::CONVOLUTION;
+    let n_convolutions = found.iter().filter(is_convolution).count();
+    for node in found {
+        if let Some(place) = proto.node.iter_mut().find(|old| old.output == node.output) {
             *place = node;
         }
     }
-    if n > 0 {
-        remove_unread(proto);
+    remove_unread(proto);
+    let is_integer = |node: &NodeProto| {
+        let op_type = node.op_type.as_str();
+        matches!(
+            op_type,
+            "MaxPool" | "Concat" | "Flatten" | "Identity" | "Sigmoid"
+        ) || [
+            attributes::CONVOLUTION,
+            attributes::SUM,
+            attributes::MEAN,
+            attributes::GEMM,
+        ]
+        .contains(&op_type)
+    };
+    Replaced {
+        n_convolutions,
+        is_all: proto.node.iter().all(is_integer),
     }
-    n
 }
 
-/// The quantized value behind a convolution, and our node that computes it.
-fn replacement(graph: &Graph<'_>, conv: &NodeProto, kernel: Kernel) -> Option<(String, NodeProto)> {
-    let [input, weights, bias @ ..] = conv.input.as_slice() else {
-        return None;
-    };
-    let dequantize = graph
-        .producer(input)
-        .filter(|node| node.op_type == "DequantizeLinear")?;
-    let (input_scale, input_zero) = activation(graph, dequantize)?;
-    let weights_node = graph
-        .producer(weights)
-        .filter(|node| node.op_type == "DequantizeLinear")?;
-    let (weights, weight_scales) = parameter(graph, weights_node, DataType::Int8)?;
-    let shape: [usize; 4] = dimensions(weights)?.try_into().ok()?;
-    let outputs = shape[0];
-    let per_output = |scales: &[f32], output: usize| *scales.get(output).unwrap_or(&scales[0]);
-    let is_per_output = |scales: &[f32]| scales.len() == 1 || scales.len() == outputs;
-    let axis = integer(weights_node, "axis").unwrap_or(1);
-    if !is_per_output(&weight_scales) || (weight_scales.len() > 1 && axis != 0) {
-        return None;
-    }
-
-    let bias = match bias.first().filter(|name| !name.is_empty()) {
-        None => vec![0; outputs],
-        Some(name) => {
-            let node = graph
-                .producer(name)
-                .filter(|node| node.op_type == "DequantizeLinear")?;
-            let (bias, scales) = parameter(graph, node, DataType::Int32)?;
-            let fits = |output| {
-                let expected = input_scale * per_output(&weight_scales, output);
-                (per_output(&scales, output) - expected).abs() <= 1e-5 * expected
-            };
-            let bias = i32_elements(bias).filter(|bias| bias.len() == outputs)?;
-            (is_per_output(&scales) && (0..outputs).all(fits)).then_some(bias)?
+/// Our node in place of a layer and of the QuantizeLinear behind it.
+fn replacement(graph: &Graph<'_>, node: &NodeProto, kernel: Kernel) -> Option<NodeProto> {
+    let inputs = || node.input.iter().map(|name| Activation::read(graph, name));
+    let (op_type, inputs, output, attribute) = match node.op_type.as_str() {
+        "Conv" => {
+            let (input, output) = (
+                Activation::read(graph, node.input.first()?)?,
+                Activation::written(graph, node)?,
+            );
+            let definition = convolution(graph, node, &input, &output)?;
+            let attribute = of_convolution(&definition, kernel)?;
+            GeneralConvolution::new(definition, kernel)?;
+            (attributes::CONVOLUTION, vec![input], output.name, attribute)
         }
+        "Gemm" => {
+            let input = Activation::read(graph, node.input.first()?)?;
+            let output = Activation::written(graph, node);
+            let definition = dense(graph, node, &input, output.as_ref())?;
+            let attribute = of_gemm(&definition, kernel)?;
+            Gemm::new(definition, kernel)?;
+            let name = output.map_or_else(|| node.output.first().cloned(), |o| Some(o.name))?;
+            (attributes::GEMM, vec![input], name, attribute)
+        }
+        "Add" => {
+            let inputs: Vec<Activation> = inputs().collect::<Option<_>>()?;
+            let output = Activation::written(graph, node)?;
+            let [a, b] = inputs.as_slice() else {
+                return None;
+            };
+            let sum = Sum {
+                scales: [a.scale, b.scale, output.scale],
+                zeros: [a.zero, b.zero, output.zero],
+                lowest: output.lowest,
+            };
+            (attributes::SUM, inputs, output.name, of_sum(&sum))
+        }
+        "AveragePool" | "GlobalAveragePool" => {
+            let inputs: Vec<Activation> = inputs().collect::<Option<_>>()?;
+            let output = Activation::written(graph, node)?;
+            let mean = mean(node, inputs.first()?, &output)?;
+            (attributes::MEAN, inputs, output.name, of_mean(&mean)?)
+        }
+        "MaxPool" | "Concat" | "Flatten" => {
+            let inputs: Vec<Activation> = inputs().collect::<Option<_>>()?;
+            let output = Activation::written(graph, node)?;
+            let is_same = |input: &Activation| {
+                (input.scale.to_bits(), input.zero) == (output.scale.to_bits(), output.zero)
+            };
+            let fits = inputs.iter().all(is_same) && output.lowest == 0;
+            fits.then_some((
+                node.op_type.as_str(),
+                inputs,
+                output.name,
+                node.attribute.clone(),
+            ))?
+        }
+        _ => return None,
     };
+    Some(NodeProto {
+        name: node.name.clone(),
+        op_type: op_type.to_owned(),
+        input: inputs.into_iter().map(|input| input.name).collect(),
+        output: vec![output],
+        attribute,
+        ..NodeProto::default()
+    })
+}
 
-    let mut reader = graph.only_reader(conv.output.first()?)?;
-    let is_relu = reader.op_type == "Relu";
-    if is_relu {
-        reader = graph.only_reader(reader.output.first()?)?;
+/// A quantized activation: the value that holds its integers, and what they stand for.
+struct Activation {
+    name: String,
+    scale: f32,
+    zero: u8,
+    /// Smallest integer: the zero point behind a Relu, else 0.
+    lowest: u8,
+}
+
+impl Activation {
+    /// What the DequantizeLinear that makes `value` reads.
+    fn read(graph: &Graph<'_>, value: &str) -> Option<Self> {
+        let node = graph
+            .producer(value)
+            .filter(|node| node.op_type == "DequantizeLinear")?;
+        let (scale, zero) = activation(graph, node)?;
+        Some(Self {
+            name: node.input.first()?.clone(),
+            scale,
+            zero,
+            lowest: 0,
+        })
     }
-    if reader.op_type != "QuantizeLinear" {
+
+    /// What the QuantizeLinear behind `node`, or behind the Relu behind it, writes.
+    fn written(graph: &Graph<'_>, node: &NodeProto) -> Option<Self> {
+        let mut reader = graph.only_reader(node.output.first()?)?;
+        let is_relu = reader.op_type == "Relu";
+        if is_relu {
+            reader = graph.only_reader(reader.output.first()?)?;
+        }
+        let (scale, zero) =
+            (reader.op_type == "QuantizeLinear").then(|| activation(graph, reader))??;
+        Some(Self {
+            name: reader.output.first()?.clone(),
+            scale,
+            zero,
+            lowest: if is_relu { zero } else { 0 },
+        })
+    }
+}
+
+/// s8 weights with their shape and scales, and i32 biases.
+struct Parameters {
+    shape: Vec<usize>,
+    weights: Vec<u8>,
+    scales: Vec<f32>,
+    bias: Vec<i32>,
+}
+
+impl Parameters {
+    /// Those of a Conv or Gemm: zero points 0, one scale or one an output, biases at the scale input x weight.
+    fn of(graph: &Graph<'_>, node: &NodeProto, input_scale: f32) -> Option<Self> {
+        let [_, weights, bias @ ..] = node.input.as_slice() else {
+            return None;
+        };
+        let weights_node = graph
+            .producer(weights)
+            .filter(|node| node.op_type == "DequantizeLinear")?;
+        let (weights, scales) = parameter(graph, weights_node, DataType::Int8)?;
+        let shape = dimensions(weights)?;
+        let &outputs = shape.first()?;
+        let scales = per_output(scales, outputs)?;
+        let axis = integer(weights_node, "axis").unwrap_or(1);
+        if scales.iter().any(|s| s.to_bits() != scales[0].to_bits()) && axis != 0 {
+            return None;
+        }
+        let bias = match bias.first().filter(|name| !name.is_empty()) {
+            None => vec![0; outputs],
+            Some(name) => {
+                let node = graph
+                    .producer(name)
+                    .filter(|node| node.op_type == "DequantizeLinear")?;
+                let (bias, of_bias) = parameter(graph, node, DataType::Int32)?;
+                let fits = |(of_bias, of_weights): (&f32, &f32)| {
+                    let expected = input_scale * of_weights;
+                    (of_bias - expected).abs() <= 1e-5 * expected
+                };
+                let of_bias = per_output(of_bias, outputs)?;
+                let bias = i32_elements(bias).filter(|bias| bias.len() == outputs)?;
+                of_bias.iter().zip(&scales).all(fits).then_some(bias)?
+            }
+        };
+        Some(Self {
+            shape,
+            weights: (!weights.raw_data.is_empty()).then(|| weights.raw_data.clone())?,
+            scales,
+            bias,
+        })
+    }
+
+    /// Accumulator to output.
+    fn requantize_scales(&self, input: f32, output: f32) -> Vec<f32> {
+        let scale = |&weight| shared::quantize::requantize_scale(input, weight, output);
+        self.scales.iter().map(scale).collect()
+    }
+}
+
+/// A scale for each output; `None` where there are neither one nor as many.
+fn per_output(scales: Vec<f32>, outputs: usize) -> Option<Vec<f32>> {
+    match scales[..] {
+        [scale] => Some(vec![scale; outputs]),
+        _ => (scales.len() == outputs).then_some(scales),
+    }
+}
+
+fn convolution(
+    graph: &Graph<'_>,
+    node: &NodeProto,
+    input: &Activation,
+    output: &Activation,
+) -> Option<Definition> {
+    let parameters = Parameters::of(graph, node, input.scale)?;
+    Some(Definition {
+        scale: parameters.requantize_scales(input.scale, output.scale),
+        shape: parameters.shape.try_into().ok()?,
+        groups: size(integer(node, "group").unwrap_or(1))?,
+        strides: sizes(node, "strides", 1)?,
+        dilations: sizes(node, "dilations", 1)?,
+        pads: pads(node)?,
+        input_zero: input.zero,
+        output_zero: output.zero,
+        lowest: output.lowest,
+        weights: parameters.weights,
+        bias: parameters.bias,
+    })
+}
+
+fn dense(
+    graph: &Graph<'_>,
+    node: &NodeProto,
+    input: &Activation,
+    output: Option<&Activation>,
+) -> Option<gemm::Definition> {
+    let is_one =
+        |name| float(node, name).is_none_or(|factor| factor.to_bits() == 1.0_f32.to_bits());
+    let is_plain = integer(node, "transB") == Some(1) && integer(node, "transA").unwrap_or(0) == 0;
+    // Where nothing is quantized behind it, its value must not be clamped either.
+    let ends = output.is_some()
+        || graph
+            .only_reader(node.output.first()?)
+            .is_none_or(|reader| matches!(reader.op_type.as_str(), "Identity" | "Sigmoid"));
+    if !is_plain || !ends || !is_one("alpha") || !is_one("beta") {
         return None;
     }
-    let (output_scale, output_zero) = activation(graph, reader)?;
-    let scale = (0..outputs).map(|output| {
-        shared::quantize::requantize_scale(
-            input_scale,
-            per_output(&weight_scales, output),
-            output_scale,
-        )
-    });
-    let definition = Definition {
-        shape,
-        groups: size(integer(conv, "group").unwrap_or(1))?,
-        strides: sizes(conv, "strides", 1)?,
-        dilations: sizes(conv, "dilations", 1)?,
-        pads: pads(conv)?,
-        input_zero,
-        output_zero,
-        lowest: if is_relu { output_zero } else { 0 },
-        weights: (!weights.raw_data.is_empty()).then(|| weights.raw_data.clone())?,
-        bias,
-        scale: scale.collect(),
+    let parameters = Parameters::of(graph, node, input.scale)?;
+    Some(gemm::Definition {
+        n_inputs: *parameters.shape.get(1)?,
+        input_zero: input.zero,
+        output: output.map(|output| [output.zero, output.lowest]),
+        scale: match output {
+            Some(output) => parameters.requantize_scales(input.scale, output.scale),
+            None => parameters.scales.iter().map(|s| input.scale * s).collect(),
+        },
+        weights: parameters.weights,
+        bias: parameters.bias,
+    })
+}
+
+fn mean(node: &NodeProto, input: &Activation, output: &Activation) -> Option<Mean> {
+    let is_global = node.op_type == "GlobalAveragePool";
+    let kernel = if is_global {
+        None
+    } else {
+        Some(sizes(node, "kernel_shape", 0)?)
     };
-    let node = NodeProto {
-        name: conv.name.clone(),
-        op_type: OPERATOR.to_owned(),
-        input: vec![dequantize.input.first()?.clone()],
-        output: reader.output.clone(),
-        attribute: attributes(&definition, kernel)?,
-        ..NodeProto::default()
+    let (strides, pads) = (sizes(node, "strides", 1)?, pads(node)?);
+    let fits = |kernel: [usize; 2]| {
+        (0..4).all(|side| pads[side] < kernel[side % 2])
+            && !strides.contains(&0)
+            && integer(node, "ceil_mode").unwrap_or(0) == 0
     };
-    GeneralConvolution::new(definition, kernel)?;
-    Some((reader.output.first()?.clone(), node))
+    // A Relu behind a mean does nothing to what is at least the zero point, and is not expected otherwise.
+    (kernel.is_none_or(fits) && output.lowest == 0).then_some(Mean {
+        kernel,
+        strides,
+        pads,
+        counts_padding: integer(node, "count_include_pad") == Some(1),
+        scales: [input.scale, output.scale],
+        zeros: [input.zero, output.zero],
+    })
 }
 
 /// Scale and zero point of a Q or DQ of u8 activations.
@@ -179,93 +377,6 @@ fn pads(node: &NodeProto) -> Option<[usize; 4]> {
         }
         Some(_) => None,
     }
-}
-
-/// The definition as attributes of a node; [`definition`] reads them back.
-fn attributes(d: &Definition, kernel: Kernel) -> Option<Vec<AttributeProto>> {
-    let attribute = |name: &str| AttributeProto {
-        name: name.to_owned(),
-        ..AttributeProto::default()
-    };
-    let ints = |name: &str, values: &[usize]| {
-        let ints = values
-            .iter()
-            .map(|&n| i64::try_from(n).ok())
-            .collect::<Option<_>>()?;
-        Some(AttributeProto {
-            ints,
-            ..attribute(name)
-        })
-    };
-    let zeros = [d.input_zero, d.output_zero, d.lowest].map(usize::from);
-    Some(vec![
-        ints("shape", &d.shape)?,
-        ints("groups", &[d.groups])?,
-        ints("strides", &d.strides)?,
-        ints("dilations", &d.dilations)?,
-        ints("pads", &d.pads)?,
-        ints("zeros", &zeros)?,
-        AttributeProto {
-            s: d.weights.clone(),
-            ..attribute("weights")
-        },
-        AttributeProto {
-            ints: d.bias.iter().copied().map(i64::from).collect(),
-            ..attribute("bias")
-        },
-        AttributeProto {
-            floats: d.scale.clone(),
-            ..attribute("scale")
-        },
-        AttributeProto {
-            s: kernel.name().into(),
-            ..attribute("kernel")
-        },
-    ])
-}
-
-/// The convolution of a node that [`replace_convolutions`] made; `None` for any other.
-pub(crate) fn convolution(node: &NodeProto) -> Option<GeneralConvolution> {
-    let attribute = |name: &str| {
-        node.attribute
-            .iter()
-            .find(|attribute| attribute.name == name)
-    };
-    let ints = |name: &str| -> Option<Vec<usize>> {
-        attribute(name)?
-            .ints
-            .iter()
-            .map(|&n| usize::try_from(n).ok())
-            .collect()
-    };
-    let [groups] = ints("groups")?[..] else {
-        return None;
-    };
-    let [input_zero, output_zero, lowest] = ints("zeros")?[..] else {
-        return None;
-    };
-    let bias = attribute("bias")?
-        .ints
-        .iter()
-        .map(|&n| i32::try_from(n).ok());
-    let definition = Definition {
-        shape: ints("shape")?.try_into().ok()?,
-        groups,
-        strides: ints("strides")?.try_into().ok()?,
-        dilations: ints("dilations")?.try_into().ok()?,
-        pads: ints("pads")?.try_into().ok()?,
-        input_zero: u8::try_from(input_zero).ok()?,
-        output_zero: u8::try_from(output_zero).ok()?,
-        lowest: u8::try_from(lowest).ok()?,
-        weights: attribute("weights")?.s.clone(),
-        bias: bias.collect::<Option<_>>()?,
-        scale: attribute("scale")?.floats.clone(),
-    };
-    let kernel = std::str::from_utf8(&attribute("kernel")?.s)
-        .ok()?
-        .parse()
-        .ok()?;
-    GeneralConvolution::new(definition, kernel)
 }
 
 /// Removes nodes and constants that nothing reads any more, so that tract does not compute them.

@@ -14,12 +14,11 @@ use tract_onnx::prelude::{
 
 use tract_onnx::tract_core;
 
-use crate::convolution::GeneralConvolution;
 use crate::graph::Graph;
 use crate::kernels::{Kernel, cpu_time};
 use crate::model::{LoadError, RunError};
 use crate::operator::{Operator, register};
-use crate::partial::replace_convolutions;
+use crate::partial::{Replaced, replace_layers};
 
 /// Output that is the logit, where the graph names its outputs as `trainer export` does.
 const LOGIT: &str = "logit";
@@ -30,9 +29,9 @@ pub(crate) struct NodeTime {
     pub(crate) name: String,
     pub(crate) operator: String,
     pub(crate) time: Duration,
-    /// Multiply-accumulates, where it is our convolution.
+    /// Multiply-accumulates, where it is a layer of ours.
     pub(crate) macs: u64,
-    /// Bytes of parameters, where it is our convolution.
+    /// Bytes of parameters, where it is a layer of ours.
     pub(crate) parameter_bytes: usize,
 }
 
@@ -42,7 +41,7 @@ pub(crate) struct TractModel {
     plan: Arc<TypedRunnableModel>,
     shape: [usize; 4],
     reason: String,
-    n_replaced: usize,
+    replaced: Replaced,
     kernel: Kernel,
 }
 
@@ -78,10 +77,11 @@ impl TractModel {
         let logit = graph.outputs().position(|name| name == LOGIT).unwrap_or(0);
 
         fix_batch(proto);
-        let n_replaced = proto
+        let graph = proto
             .graph
             .as_mut()
-            .map_or(0, |graph| replace_convolutions(graph, kernel));
+            .ok_or_else(|| TractError::msg("the file has no graph"))?;
+        let replaced = replace_layers(graph, kernel);
         let mut onnx = tract_onnx::onnx().with_ignore_value_info(true);
         register(&mut onnx);
         let mut model = onnx.model_for_proto_model(proto)?;
@@ -92,7 +92,7 @@ impl TractModel {
             plan: model.into_optimized()?.into_runnable()?,
             shape,
             reason,
-            n_replaced,
+            replaced,
             kernel,
         })
     }
@@ -109,7 +109,12 @@ impl TractModel {
 
     /// Quantized convolutions that our operator runs.
     pub(crate) fn n_replaced(&self) -> usize {
-        self.n_replaced
+        self.replaced.n_convolutions
+    }
+
+    /// Whether every layer is integer arithmetic, so that all CPUs give the same bits.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.replaced.is_all
     }
 
     /// Runs one image and reports each node with its CPU time, in order of execution.
@@ -127,17 +132,15 @@ impl TractModel {
             let started = cpu_time();
             let result = tract_core::plan::eval(context, op_state, node, inputs);
             let time = cpu_time().saturating_sub(started);
-            let ours = node.op_as::<Operator>().map(Operator::convolution);
-            let size = match size.as_deref() {
-                Some(&[_, _, rows, columns]) => [rows, columns],
-                _ => [0; 2],
-            };
+            let ours = node.op_as::<Operator>();
             times.push(NodeTime {
                 name: node.name.clone(),
                 operator: node.op().name().into_owned(),
                 time,
-                macs: ours.map_or(0, |convolution| convolution.macs(size)),
-                parameter_bytes: ours.map_or(0, GeneralConvolution::parameter_bytes),
+                macs: ours
+                    .zip(size.as_deref())
+                    .map_or(0, |(ours, size)| ours.macs(size)),
+                parameter_bytes: ours.map_or(0, Operator::parameter_bytes),
             });
             result
         })?;

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::calibrate::{self, Method, Range};
+use crate::calibrate::{self, Method, Observation, Range};
 use crate::execute::{ExecuteError, FloatGraph};
 use crate::onnx::{ModelProto, OnnxError};
 use crate::quantization_aware::TrainedRanges;
@@ -97,7 +97,7 @@ pub struct QuantizeReport {
     pub is_equalised: bool,
     /// Whether biases were corrected.
     pub is_bias_corrected: bool,
-    /// Root mean squared error of the logit on the selection images, for every combination tried.
+    /// Root mean squared error of the logit on the selection images: with and without equalisation, then with and without bias correction.
     pub tried: Vec<Trial>,
     /// Every activation that got a range.
     pub tensors: Vec<TensorReport>,
@@ -110,6 +110,8 @@ pub struct Trial {
     pub is_equalised: bool,
     /// Whether biases were corrected.
     pub is_bias_corrected: bool,
+    /// Whether all ranges were the selection images' min-max, to decide on equalisation.
+    pub is_min_max: bool,
     /// Root mean squared error of the logit.
     pub logit_rmse: f64,
 }
@@ -177,57 +179,119 @@ pub fn quantize_model(
         return Err(QuantizeError::NoImages);
     }
     let plan = Plan::of(model.graph()?);
-    let exported = FloatGraph::new(model)?;
-    let reference = logits(&exported, selection)?;
-    let as_exported = calibrate::observe(&exported, &plan.leaders, images, progress)?;
-    drop(exported);
-    let mut best: Option<(ModelProto, QuantizeReport, f64)> = None;
+    let reference = logits(&FloatGraph::new(model)?, selection)?;
     let mut tried = Vec::new();
-    for &is_equalised in options.equalise.tried() {
-        let mut float = model.clone();
-        let after_equalising;
-        let observed = if is_equalised {
-            equalise(&mut float, &plan, &as_exported)?;
-            let equalised = FloatGraph::new(&float)?;
-            after_equalising = calibrate::observe(&equalised, &plan.leaders, images, progress)?;
-            &after_equalising
-        } else {
-            &as_exported
-        };
-        let ranges = choose_ranges(&float, &plan, observed, selection, &reference, options)?;
-        for &is_bias_corrected in options.correct_bias.tried() {
-            if is_bias_corrected {
-                correct_biases(&mut float, &plan, &ranges, selection, options)?;
-            }
-            let quantized = emit(&float, &plan, &ranges, options.profile)?;
-            let logit_rmse = rmse(
-                &logits(&FloatGraph::new(&quantized)?, selection)?,
-                &reference,
-            );
-            tried.push(Trial {
-                is_equalised,
-                is_bias_corrected,
-                logit_rmse,
-            });
-            if best
-                .as_ref()
-                .is_none_or(|(_, _, least)| logit_rmse < *least)
-            {
-                let report = report(
-                    images.len(),
-                    selection.len(),
-                    is_equalised,
-                    is_bias_corrected,
-                    &ranges,
-                    &plan,
-                );
-                best = Some((quantized, report, logit_rmse));
-            }
+    let mut float = model.clone();
+    let is_equalised = equalise_where_better(
+        &mut float, &plan, selection, &reference, options, &mut tried,
+    )?;
+    let observed = observe(&float, &plan, images, progress)?;
+    let ranges = choose_ranges(
+        &float,
+        &plan,
+        &observed,
+        selection,
+        &reference,
+        options.method,
+    )?;
+    let mut best: Option<(ModelProto, bool, f64)> = None;
+    for &is_bias_corrected in options.correct_bias.tried() {
+        if is_bias_corrected {
+            correct_biases(&mut float, &plan, &ranges, selection)?;
+        }
+        let quantized = emit(&float, &plan, &ranges, options.profile)?;
+        let logit_rmse = error_of(&quantized, selection, &reference)?;
+        tried.push(Trial {
+            is_equalised,
+            is_bias_corrected,
+            is_min_max: false,
+            logit_rmse,
+        });
+        if best
+            .as_ref()
+            .is_none_or(|(_, _, least)| logit_rmse < *least)
+        {
+            best = Some((quantized, is_bias_corrected, logit_rmse));
         }
     }
-    let (quantized, mut report, _) = best.ok_or(QuantizeError::NoImages)?;
+    let (quantized, is_bias_corrected, _) = best.ok_or(QuantizeError::NoImages)?;
+    let mut report = report(
+        images.len(),
+        selection.len(),
+        is_equalised,
+        is_bias_corrected,
+        &ranges,
+        &plan,
+    );
     report.tried = tried;
     Ok((quantized, report))
+}
+
+/// Equalises `float` where that is asked for, or where min-max ranges of the selection images give the smaller error of the logit with it.
+fn equalise_where_better(
+    float: &mut ModelProto,
+    plan: &Plan,
+    selection: &[&[u8]],
+    reference: &[f32],
+    options: &Options,
+    tried: &mut Vec<Trial>,
+) -> Result<bool, QuantizeError> {
+    if options.equalise == Choice::Off {
+        return Ok(false);
+    }
+    let as_exported = observe(float, plan, selection, &|| {})?;
+    let mut equalised = float.clone();
+    equalise(&mut equalised, plan, &as_exported)?;
+    if options.equalise == Choice::Auto {
+        let of_equalised = observe(&equalised, plan, selection, &|| {})?;
+        let mut errors = [0.0; 2];
+        for (is_equalised, model, observed) in [
+            (false, &*float, &as_exported),
+            (true, &equalised, &of_equalised),
+        ] {
+            let method = Some(Method::MinMax);
+            let ranges = choose_ranges(model, plan, observed, selection, reference, method)?;
+            let quantized = emit(model, plan, &ranges, options.profile)?;
+            let logit_rmse = error_of(&quantized, selection, reference)?;
+            errors[usize::from(is_equalised)] = logit_rmse;
+            tried.push(Trial {
+                is_equalised,
+                is_bias_corrected: false,
+                is_min_max: true,
+                logit_rmse,
+            });
+        }
+        if errors[0] <= errors[1] {
+            return Ok(false);
+        }
+    }
+    *float = equalised;
+    Ok(true)
+}
+
+/// Observes every tensor that makes a range.
+fn observe(
+    float: &ModelProto,
+    plan: &Plan,
+    images: &[&[u8]],
+    progress: &(dyn Fn() + Sync),
+) -> Result<Observation, QuantizeError> {
+    let graph = FloatGraph::new(float)?;
+    let mut observed = calibrate::observe(&graph, &plan.observed, images, progress)?;
+    plan.gather(&mut observed);
+    Ok(observed)
+}
+
+/// Root mean squared error of the logit of a quantized graph.
+fn error_of(
+    quantized: &ModelProto,
+    selection: &[&[u8]],
+    reference: &[f32],
+) -> Result<f64, QuantizeError> {
+    Ok(rmse(
+        &logits(&FloatGraph::new(quantized)?, selection)?,
+        reference,
+    ))
 }
 
 /// Quantizes `model`, whose weights were trained with `ranges`: nothing is calibrated, equalised or corrected.
@@ -380,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn best_combination_is_no_worse_than_min_max() {
+    fn smallest_error_of_the_logit_decides() {
         let float = float_model("final", 0.03125);
         let (_, report) = quantized(
             &float,
@@ -390,16 +454,20 @@ mod tests {
             },
         );
         assert_eq!(report.tried.len(), 4);
-        let chosen = report.tried.iter().find(|trial| {
-            (trial.is_equalised, trial.is_bias_corrected)
-                == (report.is_equalised, report.is_bias_corrected)
-        });
-        let least = report
-            .tried
+        let (min_max, whole): (Vec<&Trial>, Vec<&Trial>) =
+            report.tried.iter().partition(|trial| trial.is_min_max);
+        let least = |trials: &[&Trial]| {
+            let errors = trials.iter().map(|trial| trial.logit_rmse);
+            errors.fold(f64::INFINITY, f64::min)
+        };
+        let of_min_max = min_max
             .iter()
-            .map(|trial| trial.logit_rmse)
-            .fold(f64::INFINITY, f64::min);
-        assert!(chosen.is_some_and(|trial| trial.logit_rmse <= least));
+            .find(|trial| trial.is_equalised == report.is_equalised);
+        assert!(of_min_max.is_some_and(|trial| trial.logit_rmse <= least(&min_max)));
+        let chosen = whole
+            .iter()
+            .find(|trial| trial.is_bias_corrected == report.is_bias_corrected);
+        assert!(chosen.is_some_and(|trial| trial.logit_rmse <= least(&whole)));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::calibrate::Observation;
 use crate::export::{IMAGE_SCALE, LOGIT};
 use crate::onnx::{GraphProto, NodeProto};
 
@@ -12,6 +13,8 @@ use super::{QuantizeError, Ranges};
 pub(super) struct Plan {
     /// Tensors with a range of their own, in graph order.
     pub(super) leaders: Vec<String>,
+    /// Tensors whose values make the ranges.
+    pub(super) observed: Vec<String>,
     /// For every quantized tensor the one whose range it shares.
     pub(super) leader_of: BTreeMap<String, String>,
     /// For the output of a node that a ReLU alone reads: the ReLU's output.
@@ -28,6 +31,7 @@ impl Plan {
         }
         let mut plan = Self {
             leaders: Vec::new(),
+            observed: Vec::new(),
             leader_of: BTreeMap::new(),
             relu_of: BTreeMap::new(),
         };
@@ -36,7 +40,11 @@ impl Plan {
             let output = node.output[0].as_str();
             match node.op_type.as_str() {
                 "Cast" | "Mul" | "Sigmoid" => continue,
-                "MaxPool" | "Flatten" => {
+                "Concat" => {
+                    plan.unite(&node.input, output);
+                    continue;
+                }
+                "MaxPool" | "AveragePool" | "Flatten" => {
                     let leader = plan
                         .leader_of
                         .get(&node.input[0])
@@ -60,9 +68,63 @@ impl Plan {
                 plan.relu_of.insert(output.to_owned(), relu);
             }
             plan.leader_of.insert(name.clone(), name.clone());
+            plan.observed.push(name.clone());
             plan.leaders.push(name);
         }
         plan
+    }
+
+    /// Gives the inputs of a Concat and its output one range, that of the first of them, where all are behind a ReLU: a range that holds
+    /// negative values would move their zero point from 0, which is their ReLU. Otherwise the output has a range of its own.
+    fn unite(&mut self, inputs: &[String], output: &str) {
+        let leaders: BTreeSet<String> = inputs
+            .iter()
+            .map(|input| self.leader_of.get(input).unwrap_or(input).clone())
+            .collect();
+        let is_positive = |leader: &String| self.relu_of.values().any(|relu| relu == leader);
+        let first = self.leaders.iter().find(|leader| leaders.contains(*leader));
+        let Some(first) = first.filter(|_| leaders.iter().all(is_positive)).cloned() else {
+            self.leader_of.insert(output.to_owned(), output.to_owned());
+            self.observed.push(output.to_owned());
+            self.leaders.push(output.to_owned());
+            return;
+        };
+        for leader in self.leader_of.values_mut() {
+            if leaders.contains(leader) {
+                leader.clone_from(&first);
+            }
+        }
+        self.leaders
+            .retain(|leader| *leader == first || !leaders.contains(leader));
+        self.leader_of.insert(output.to_owned(), first);
+    }
+
+    /// Adds what was seen of tensors that share a range to its leader's.
+    pub(super) fn gather(&self, observation: &mut Observation) {
+        for (name, leader) in self
+            .leader_of
+            .iter()
+            .filter(|(name, leader)| name != leader)
+        {
+            if let Some(histogram) = observation.histograms.remove(name) {
+                let of_leader = observation.histograms.entry(leader.clone()).or_default();
+                of_leader.merge(histogram);
+            }
+        }
+    }
+
+    /// The tensor before the ReLU whose output is `tensor`; itself where there is none.
+    pub(super) fn raw<'a>(&'a self, tensor: &'a str) -> &'a str {
+        let raw = self.relu_of.iter().find(|(_, relu)| *relu == tensor);
+        raw.map_or(tensor, |(raw, _)| raw)
+    }
+
+    /// Rounds a tensor as the graph will, where its range was chosen.
+    pub(super) fn round(&self, ranges: &Ranges, name: &str, values: &mut [f32]) {
+        let leader = self.leader_of.get(name);
+        if let Some((_, range, _)) = leader.and_then(|leader| ranges.get(leader)) {
+            Parameters::of(*range).apply(values);
+        }
     }
 
     pub(super) fn parameters(

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use crate::calibrate::{Method, Observation, Range};
-use crate::execute::{ExecuteError, FloatGraph, Tensor};
+use crate::execute::{ExecuteError, FloatGraph, Run, Tensor};
 use crate::export::LOGIT;
 use crate::onnx::ModelProto;
 
 use super::graph::{constant, is_weighted};
 use super::integers::{Parameters, weight_scale};
 use super::plan::Plan;
-use super::{Options, QuantizeError, Ranges};
+use super::{QuantizeError, Ranges};
 
 pub(super) fn logits(graph: &FloatGraph, images: &[&[u8]]) -> Result<Vec<f32>, ExecuteError> {
     images
@@ -30,31 +30,33 @@ pub(super) fn rmse(logits: &[f32], reference: &[f32]) -> f64 {
 }
 
 /// For each tensor in graph order the candidate with the smallest error of the logit, everything before it and all weights being quantized.
+/// Each image's run waits in front of the layer whose output is to be decided, so that no layer is computed from the image again.
 pub(super) fn choose_ranges(
     model: &ModelProto,
     plan: &Plan,
     observed: &Observation,
     selection: &[&[u8]],
     reference: &[f32],
-    options: &Options,
+    method: Option<Method>,
 ) -> Result<Ranges, QuantizeError> {
     let mut ranges = Ranges::new();
-    let fake = FloatGraph::with_weights(model, &fake_quantized_weights(model)?)?;
-    for leader in &plan.leaders {
-        let histogram =
-            observed
-                .histograms
-                .get(leader)
-                .ok_or_else(|| QuantizeError::Unobserved {
-                    name: leader.clone(),
-                })?;
-        let candidates = histogram.ranges();
-        if let Some(method) = options.method {
-            ranges.insert(leader.clone(), (method, candidates[&method], f64::NAN));
-            continue;
+    if let Some(method) = method {
+        for leader in &plan.leaders {
+            let range = candidates(observed, leader)?[&method];
+            ranges.insert(leader.clone(), (method, range, f64::NAN));
         }
-        let candidates: Vec<(Method, Range)> = candidates.into_iter().collect();
-        let errors = candidate_errors(&fake, leader, &candidates, &ranges, selection, reference)?;
+        return Ok(ranges);
+    }
+    let fake = FloatGraph::with_weights(model, &fake_quantized_weights(model)?)?;
+    let mut runs: Vec<Run> = selection.iter().map(|image| fake.begin(image)).collect();
+    for leader in &plan.leaders {
+        runs.par_iter_mut().try_for_each(|run| {
+            fake.advance_to(run, plan.raw(leader), &mut |name, tensor| {
+                plan.round(&ranges, name, &mut tensor.values);
+            })
+        })?;
+        let candidates = distinct(candidates(observed, leader)?);
+        let errors = candidate_errors(&fake, plan, leader, &candidates, &runs, reference)?;
         let best = candidates
             .into_iter()
             .zip(errors)
@@ -66,29 +68,55 @@ pub(super) fn choose_ranges(
     Ok(ranges)
 }
 
-/// Root mean squared error of the logit for each candidate of `leader`.
+fn candidates(
+    observed: &Observation,
+    leader: &str,
+) -> Result<BTreeMap<Method, Range>, QuantizeError> {
+    let histogram = observed.histograms.get(leader);
+    let unobserved = || QuantizeError::Unobserved {
+        name: leader.to_owned(),
+    };
+    Ok(histogram.ok_or_else(unobserved)?.ranges())
+}
+
+/// The candidates without those that lie within a hundredth of an earlier one: half a step of 255, which cannot be told apart.
+fn distinct(candidates: BTreeMap<Method, Range>) -> Vec<(Method, Range)> {
+    let mut kept: Vec<(Method, Range)> = Vec::new();
+    for (method, range) in candidates {
+        let near = |a: f32, b: f32| (a - b).abs() <= 0.01 * (range.high - range.low);
+        let is_known = |(_, known): &(Method, Range)| {
+            near(known.low, range.low) && near(known.high, range.high)
+        };
+        if !kept.iter().any(is_known) {
+            kept.push((method, range));
+        }
+    }
+    kept
+}
+
+/// Root mean squared error of the logit for each candidate of `leader`, on runs that wait in front of its layer.
 fn candidate_errors(
     fake: &FloatGraph,
-    leader: &str,
+    plan: &Plan,
+    leader: &String,
     candidates: &[(Method, Range)],
-    chosen: &Ranges,
-    selection: &[&[u8]],
+    runs: &[Run],
     reference: &[f32],
 ) -> Result<Vec<f64>, QuantizeError> {
-    let of_image = |(image, reference): (&&[u8], &f32)| -> Result<Vec<f64>, ExecuteError> {
-        let mut run = fake.begin(image);
-        fake.advance(&mut run, Some(leader), &mut |name, tensor| {
-            if let Some((_, range, _)) = chosen.get(name) {
-                Parameters::of(*range).apply(&mut tensor.values);
-            }
-        })?;
+    let of_image = |(run, reference): (&Run, &f32)| -> Result<Vec<f64>, ExecuteError> {
+        let mut run = run.clone();
+        fake.advance(&mut run, Some(leader), &mut |_, _| {})?;
         let mut errors = Vec::with_capacity(candidates.len());
         for (_, range) in candidates {
-            let mut run = run.clone();
+            let (mut run, parameters) = (run.clone(), Parameters::of(*range));
             if let Some(tensor) = fake.value_mut(&mut run, leader) {
-                Parameters::of(*range).apply(&mut tensor.values);
+                parameters.apply(&mut tensor.values);
             }
-            fake.advance(&mut run, None, &mut |_, _| {})?;
+            fake.advance(&mut run, None, &mut |name, tensor| {
+                if plan.leader_of.get(name) == Some(leader) {
+                    parameters.apply(&mut tensor.values);
+                }
+            })?;
             let logit = fake
                 .value(&run, LOGIT)
                 .and_then(|tensor| tensor.values.first().copied());
@@ -96,7 +124,7 @@ fn candidate_errors(
         }
         Ok(errors)
     };
-    let of_images: Vec<Vec<f64>> = selection
+    let of_images: Vec<Vec<f64>> = runs
         .par_iter()
         .zip(reference)
         .map(of_image)
@@ -110,7 +138,9 @@ fn candidate_errors(
 }
 
 /// Weights of Conv and Gemm, rounded to what s8 can say.
-fn fake_quantized_weights(model: &ModelProto) -> Result<BTreeMap<String, Tensor>, QuantizeError> {
+pub(super) fn fake_quantized_weights(
+    model: &ModelProto,
+) -> Result<BTreeMap<String, Tensor>, QuantizeError> {
     let graph = model.graph()?;
     let constants = graph.initializers();
     let mut weights = BTreeMap::new();

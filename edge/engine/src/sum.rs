@@ -1,0 +1,71 @@
+//! The sum of two quantized tensors: a residual connection.
+//!
+//! In: two u8 tensors of one shape. Out: u8 of the same shape. With scales `a`, `b`, `y` and zero points `za`, `zb`, `zy`, every operation
+//! rounded to f32 once: `round_half_even(fma(q_a, a / y, fma(q_b, b / y, zy - (a / y x za + b / y x zb))))`, clamped to
+//! `lowest..=255`. It is the order of onnxruntime's `QLinearAdd` on CPUs with fused multiply-add; `fma` is exact IEEE 754, in software where it
+//! must be, and so the same on every CPU.
+
+/// Two inputs and an output, ONNX `Add-13` between DequantizeLinear and QuantizeLinear.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Sum {
+    /// Scale of the first input, the second and the output.
+    pub(crate) scales: [f32; 3],
+    /// Their zero points.
+    pub(crate) zeros: [u8; 3],
+    /// Smallest output: the zero point where a ReLU follows, else 0.
+    pub(crate) lowest: u8,
+}
+
+impl Sum {
+    /// Adds into `out`.
+    ///
+    /// # Panics
+    ///
+    /// Where the lengths differ.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to 0..=255 before it becomes u8"
+    )]
+    pub(crate) fn run(&self, first: &[u8], second: &[u8], out: &mut [u8]) {
+        assert!(
+            first.len() == out.len() && second.len() == out.len(),
+            "one shape"
+        );
+        let [a, b, y] = self.scales;
+        let [zero_a, zero_b, zero_y] = self.zeros.map(f32::from);
+        let (a, b) = (a / y, b / y);
+        let fixed = zero_y - (a * zero_a + b * zero_b);
+        let lowest = f32::from(self.lowest);
+        for ((&first, &second), out) in first.iter().zip(second).zip(out) {
+            let sum = f32::from(first).mul_add(a, f32::from(second).mul_add(b, fixed));
+            *out = sum.round_ties_even().clamp(lowest, 255.0) as u8;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pair_of_values_is_the_real_sum_to_half_a_step() {
+        let sum = Sum {
+            scales: [0.031, 0.0473, 0.0617],
+            zeros: [0, 131, 17],
+            lowest: 17,
+        };
+        let first: Vec<u8> = (0..=255).flat_map(|a| [a; 256]).collect();
+        let second: Vec<u8> = (0..256).flat_map(|_| 0..=255_u8).collect();
+        let mut out = vec![0; first.len()];
+        sum.run(&first, &second, &mut out);
+        for ((a, b), y) in first.iter().zip(&second).zip(out) {
+            let real = f64::from(*a) * 0.031 + (f64::from(*b) - 131.0) * 0.0473;
+            let expected = (real / 0.0617 + 17.0).clamp(17.0, 255.0);
+            assert!(
+                (f64::from(y) - expected).abs() <= 0.5 + 1e-4,
+                "{a} + {b}: {y}, expected {expected}"
+            );
+        }
+    }
+}
