@@ -67,7 +67,6 @@ pub(crate) fn capture(result: &StudyResult, device: &Device, slices: &[KeySlice<
     equipment::describe(&mut set, result, device);
     let uid = identity::document_uid(result, SOP_CLASS_UID);
     let series_uid = identity::series_uid(result, "OT");
-    let pages: Vec<String> = (1..=n_frames).map(|page| page.to_string()).collect();
     set.text(tags::SOP_CLASS_UID, VR::UI, SOP_CLASS_UID)
         .text(tags::SOP_INSTANCE_UID, VR::UI, uid.as_str())
         .text(tags::MODALITY, VR::CS, "OT")
@@ -89,9 +88,10 @@ pub(crate) fn capture(result: &StudyResult, device: &Device, slices: &[KeySlice<
             "Key slices with heat maps of a neural network",
         )
         .text(tags::BURNED_IN_ANNOTATION, VR::CS, "YES")
-        .text(tags::NUMBER_OF_FRAMES, VR::IS, &n_frames.to_string())
-        .bytes(tags::FRAME_INCREMENT_POINTER, VR::AT, page_number_pointer())
-        .text(tags::PAGE_NUMBER_VECTOR, VR::IS, &pages.join("\\"));
+        .text(tags::NUMBER_OF_FRAMES, VR::IS, &n_frames.to_string());
+    if n_frames > 1 {
+        number_pages(&mut set, n_frames);
+    }
     if !slices.is_empty() {
         set.items(tags::SOURCE_IMAGE_SEQUENCE, sources(slices));
     }
@@ -114,6 +114,13 @@ fn image_pixel(set: &mut DataSet, pixels: Vec<u8>) {
         .u16(tags::HIGH_BIT, 7)
         .u16(tags::PIXEL_REPRESENTATION, 0)
         .bytes(tags::PIXEL_DATA, VR::OB, pixels);
+}
+
+/// What leads from frame to frame: type 1C, with several frames alone (PS3.3 C.7.6.6, C.8.6.3).
+fn number_pages(set: &mut DataSet, n_frames: usize) {
+    let pages: Vec<String> = (1..=n_frames).map(|page| page.to_string()).collect();
+    set.bytes(tags::FRAME_INCREMENT_POINTER, VR::AT, page_number_pointer())
+        .text(tags::PAGE_NUMBER_VECTOR, VR::IS, &pages.join("\\"));
 }
 
 /// The tag of Page Number Vector as a value.
@@ -298,6 +305,18 @@ mod tests {
         assert_eq!(set.string(tags::PAGE_NUMBER_VECTOR), Some("1\\2\\3"));
         assert_eq!(set.string(tags::BURNED_IN_ANNOTATION), Some("YES"));
         assert!(bytes.len() > 3 * FRAME_BYTES && bytes.len() < 3 * FRAME_BYTES + 4096);
+    }
+
+    #[test]
+    fn one_frame_has_no_pointer_to_the_next() {
+        let set = capture(&sample::positive(), &Device::sample(), &[]);
+        assert_eq!(set.string(tags::NUMBER_OF_FRAMES), Some("1"));
+        assert_eq!(set.string(tags::PAGE_NUMBER_VECTOR), None);
+        let several = drawn(&sample::positive()).encode(Syntax::Explicit);
+        let pointer = [0x28, 0x00, 0x09, 0x00, b'A', b'T'];
+        let has_pointer = |bytes: &[u8]| bytes.windows(6).any(|six| six == pointer);
+        assert!(has_pointer(&several));
+        assert!(!has_pointer(&set.encode(Syntax::Explicit)));
     }
 
     #[test]
