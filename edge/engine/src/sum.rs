@@ -1,9 +1,9 @@
 //! The sum of two quantized tensors: a residual connection.
 //!
 //! In: two u8 tensors of one shape. Out: u8 of the same shape. With scales `a`, `b`, `y` and zero points `za`, `zb`, `zy`, every operation
-//! rounded to f32 once: `round_half_even(fma(q_a, a / y, fma(q_b, b / y, zy - (a / y x za + b / y x zb))))`, clamped to
-//! `lowest..=255`. It is the order of onnxruntime's `QLinearAdd` on CPUs with fused multiply-add; `fma` is exact IEEE 754, in software where it
-//! must be, and so the same on every CPU.
+//! rounded to f32 once: `round_half_even(fma(q_a, a / y, fma(q_b, b / y, zy - fma(a / y, za, b / y x zb))))`, clamped to
+//! `lowest..=255`. It is what onnxruntime's `QLinearAdd` computes on CPUs with fused multiply-add, the constant part included, where its compiler
+//! contracts the first product; `fma` is exact IEEE 754, in software where it must be, and so the same on every CPU.
 
 /// Two inputs and an output, ONNX `Add-13` between DequantizeLinear and QuantizeLinear.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,7 +35,7 @@ impl Sum {
         let [a, b, y] = self.scales;
         let [zero_a, zero_b, zero_y] = self.zeros.map(f32::from);
         let (a, b) = (a / y, b / y);
-        let fixed = zero_y - (a * zero_a + b * zero_b);
+        let fixed = zero_y - a.mul_add(zero_a, b * zero_b);
         let lowest = f32::from(self.lowest);
         for ((&first, &second), out) in first.iter().zip(second).zip(out) {
             let sum = f32::from(first).mul_add(a, f32::from(second).mul_add(b, fixed));

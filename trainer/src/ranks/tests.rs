@@ -1,4 +1,3 @@
-
 use super::place::DEFAULT_PORT;
 use super::*;
 use std::thread;
