@@ -68,4 +68,35 @@ mod tests {
             );
         }
     }
+
+    /// Pairs of which another order or rounding of the constant part gives a neighbour; outputs by onnxruntime's `QLinearAdd` with AVX2.
+    #[test]
+    fn the_constant_part_is_rounded_as_onnxruntime_does() {
+        for (scales, zeros, [first, second, expected]) in [
+            (
+                [0.081_428_91, 0.045_908_853, 0.063_464_85],
+                [86, 246, 188],
+                [2, 245, 79],
+            ),
+            (
+                [0.054_083_463, 0.068_887_35, 0.033_521_72],
+                [170, 109, 77],
+                [28, 229, 95],
+            ),
+            (
+                [0.057_209_536, 0.044_222_612, 0.075_804],
+                [89, 228, 190],
+                [54, 185, 138],
+            ),
+        ] {
+            let sum = Sum {
+                scales,
+                zeros,
+                lowest: 0,
+            };
+            let mut out = [0];
+            sum.run(&[first], &[second], &mut out);
+            assert_eq!(out, [expected]);
+        }
+    }
 }
