@@ -302,23 +302,26 @@ mod tests {
 
     #[test]
     fn transfer_learners_have_the_recorded_structure_and_run_in_integers() {
-        for (name, digest) in [
+        for (name, of_float, of_int8) in [
             (
                 "resnet50",
                 "51bae38f21e97ff531bf1e7e0ee067e4add41a0ea8b64da96531100e9cf4b217",
+                "1545f7f4f7f12be4ed69b3a1a1c3d3bf54307c772fd2450eaddb713130ad4164",
             ),
             (
                 "inception-v3",
                 "ebf6f4e1f11f53f5cb8a4d1d58f90fdd6dda99c9f01ae390d07acc0f061b54ad",
+                "7ed36da4c09ed72a53e7d87a7eda8f93becd3ab39c90bca5920f20919f4541bc",
             ),
         ] {
             let model = float_model(name, 0.03125);
-            check_structure(&model, digest);
+            check_structure(&model, of_float);
             let images = self_test_images(2);
             let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
             let bytes = onnx::write(&model).unwrap();
             let (int8, _) = quantize_file(&bytes, &images, &fast()).unwrap();
             let int8_model = onnx::read(&int8).unwrap();
+            check_structure(&int8_model, of_int8);
             check_engine(&int8_model, &images, 0.05);
         }
     }
