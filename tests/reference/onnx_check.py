@@ -16,7 +16,7 @@ level squared for every activation: OpenVINO may differ from onnxruntime by no m
 Twice that where the graph adds: OpenVINO adds inside the convolution before it, whose output it then does not round to a level (of ResNet-50's first
 Add 19 % of the outputs are one level off for it, all before it equal). Its error is then another sample of the same noise, and the two differ by both.
 
-On x86 without VNNI OpenVINO sums pairs of u8 x s8 products in 16 bits, which saturate, and has no setting against it: its logits are wrong there, for
+On x86 without VNNI OpenVINO sums pairs of u8 x s8 products in 16 bits, which saturate: its logits are wrong there, for
 any file with weights over 64. Both runtimes then get a copy whose weights are halved, scales doubled: a pair is at most 2 x 255 x 64 = 32,640.
 
 Research use only, not a medical device.
