@@ -67,10 +67,10 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Opens the cache in `folder`. Sizes are checked, digests are not ([`Self::check_digests`]).
+    /// Opens the cache in `folder`. Sizes and the index's digest are checked, the tensors' is not ([`Self::check_digests`]).
     ///
     /// # Errors
-    /// A folder that is no complete cache, one of another format version, files whose sizes do not agree.
+    /// A folder that is no complete cache, one of another format version, files whose sizes do not agree, an index that was changed.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("manifest.json");
         let text = std::fs::read_to_string(&path).with_context(|| {
@@ -87,6 +87,7 @@ impl Cache {
             path.display(),
             manifest.format_version
         );
+        check_digest(folder, "index.csv", &manifest.index_digest)?;
         let rows = index::read_csv(&folder.join("index.csv"))?;
         let path = folder.join("tensors.u8");
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
@@ -178,15 +179,20 @@ impl Cache {
             ("tensors.u8", &self.manifest.tensors_digest),
             ("index.csv", &self.manifest.index_digest),
         ] {
-            let found = file_digest(&self.folder.join(name))?;
-            ensure!(
-                found == *expected,
-                "{}/{name} has digest {found}; its manifest says {expected}",
-                self.folder.display()
-            );
+            check_digest(&self.folder, name, expected)?;
         }
         Ok(())
     }
+}
+
+fn check_digest(folder: &Path, name: &str, expected: &str) -> Result<()> {
+    let found = file_digest(&folder.join(name))?;
+    ensure!(
+        found == expected,
+        "{}/{name} is damaged: its digest is {found}, the manifest says {expected}; prepare the cache anew",
+        folder.display()
+    );
+    Ok(())
 }
 
 /// BLAKE3 of a file, hexadecimal.
@@ -246,5 +252,33 @@ mod tests {
         write_atomically(&path, b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_changed_index_is_refused_and_changed_tensors_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("cache");
+        let source = crate::source::Source::phantom(1, 1, 2, 64, false);
+        crate::prepare::prepare(&source, &PreprocessSpec::default(), 1, None, &out).unwrap();
+        Cache::open(&out).unwrap().check_digests().unwrap();
+        let flip = |name: &str| {
+            let path = out.join(name);
+            let mut bytes = std::fs::read(&path).unwrap();
+            let last = bytes.len() - 2;
+            bytes[last] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        };
+        flip("tensors.u8");
+        let error = Cache::open(&out).unwrap().check_digests().unwrap_err();
+        assert!(
+            error.to_string().contains("tensors.u8 is damaged"),
+            "{error}"
+        );
+        flip("index.csv");
+        let error = Cache::open(&out).unwrap_err();
+        assert!(
+            error.to_string().contains("index.csv is damaged"),
+            "{error}"
+        );
     }
 }

@@ -91,6 +91,7 @@ struct Compared {
 pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     let systems = systems(&args.models)?;
     let cache = Cache::open(&args.data)?;
+    cache.check_digests()?;
     let stop = crate::interrupt::watch().context("waiting for Ctrl-C")?;
     let mut rows = Vec::new();
     for system in systems {

@@ -18,10 +18,12 @@ use anyhow::Context as _;
 use image::codecs::jpeg::JpegEncoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
-use shared::phantom::{self, Finding, PhantomSlice, StudyPlan, UidRole};
+use shared::phantom::{self, DicomFileError, Finding, PhantomSlice, StudyPlan, UidRole};
 use shared::preprocess::{Preprocessor, SeriesRange};
 use shared::spec::{Normalisation, PreprocessSpec};
 use shared::{CHANNELS, SIDE, TENSOR_BYTES};
+
+use crate::exit::{Exit, fault};
 
 /// How the files lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -130,6 +132,15 @@ pub fn run(args: &PhantomArgs) -> anyhow::Result<ExitCode> {
 /// As [`run`].
 pub fn write(args: &PhantomArgs, bar: &ProgressBar) -> anyhow::Result<Written> {
     fs::create_dir_all(&args.out).with_context(|| format!("making {}", args.out.display()))?;
+    if fs::read_dir(&args.out)?.next().is_some() {
+        return Err(fault(
+            Exit::CannotWrite,
+            format!(
+                "{} holds something already; give another --out or remove it",
+                args.out.display()
+            ),
+        ));
+    }
     let studies: Vec<Study> = (0..args.studies)
         .into_par_iter()
         .map(|study_index| {
@@ -249,7 +260,13 @@ fn series_folder(plan: &StudyPlan, root: &Path) -> anyhow::Result<PathBuf> {
 }
 
 fn write_dicom(args: &PhantomArgs, plan: &StudyPlan, slice_index: u32) -> anyhow::Result<()> {
-    let file = phantom::dicom_file(plan, slice_index, &args.transfer_syntax)?;
+    let file = phantom::dicom_file(plan, slice_index, &args.transfer_syntax).map_err(|error| {
+        if matches!(error, DicomFileError::TransferSyntax { .. }) {
+            fault(Exit::Usage, error.to_string())
+        } else {
+            error.into()
+        }
+    })?;
     let folder = series_folder(plan, &args.out.join("train"))?;
     place(
         &folder.join(format!("{}.dcm", plan.uid(UidRole::Slice(slice_index)))),
@@ -410,6 +427,18 @@ mod tests {
             n_positive += u64::from(row["pe_present_on_image"] == "1");
         }
         assert_eq!(n_positive, written.positive_slices);
+    }
+
+    #[test]
+    fn a_tree_that_is_there_already_keeps_its_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut args = arguments(folder.path(), Layout::Rsna);
+        write(&args, &ProgressBar::hidden()).unwrap();
+        let table = fs::read(folder.path().join("train.csv")).unwrap();
+        args.studies = 1;
+        let error = write(&args, &ProgressBar::hidden()).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
+        assert_eq!(fs::read(folder.path().join("train.csv")).unwrap(), table);
     }
 
     #[test]

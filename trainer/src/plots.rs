@@ -318,10 +318,12 @@ fn columns(path: &Path, names: &[&str; 2]) -> Option<Vec<[f64; 2]>> {
     (!rows.is_empty()).then_some(rows)
 }
 
-/// A horizontal bar chart of shares, for `trainer stats`: name, count, total.
+/// A horizontal bar chart of shares, for `trainer stats`: name, count, total; `lines` of text stand below.
 #[must_use]
-pub fn bars(title: &str, bars: &[(String, u64, u64)]) -> String {
-    let height = 34.0 + 24.0 * bars.len() as f64;
+pub fn bars(title: &str, bars: &[(String, u64, u64)], lines: &[String]) -> String {
+    let title = escaped(title);
+    let below = 34.0 + 24.0 * bars.len() as f64;
+    let height = below + 18.0 * lines.len() as f64;
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 640 {height}\" role=\"img\" aria-label=\"{title}\" font-family=\"system-ui,sans-serif\" font-size=\"12\"><text x=\"8\" y=\"18\" font-weight=\"600\" fill=\"{INK}\">{title}</text>"
     );
@@ -340,6 +342,14 @@ pub fn bars(title: &str, bars: &[(String, u64, u64)]) -> String {
             COLOURS[0],
             488.0,
             y + 12.0,
+        );
+    }
+    for (index, line) in lines.iter().enumerate() {
+        let y = below + 12.0 + 18.0 * index as f64;
+        _ = write!(
+            text,
+            "<text x=\"8\" y=\"{y:.0}\" fill=\"{INK}\">{}</text>",
+            escaped(line)
         );
     }
     text + "</svg>"

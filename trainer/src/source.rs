@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use shared::manifest::DataKind;
 use shared::uid::Uid;
 
+use crate::cache::LeftOut;
 use crate::exit::{Exit, fault};
 use crate::index::EXAM_LABELS;
 
@@ -68,6 +69,8 @@ pub struct Unit {
     pub labels: Option<Labels>,
     /// The slices. A phantom's are known when they are painted: there it is empty.
     pub slices: Vec<Listed>,
+    /// What the list itself says wrongly, with its reason.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// A listed source.
@@ -127,6 +130,7 @@ impl Source {
                             pe_present,
                         })
                         .collect(),
+                    left_out: Vec::new(),
                 });
             }
         }
@@ -144,6 +148,7 @@ impl Source {
             series: "".into(),
             labels: None,
             slices: Vec::new(),
+            left_out: Vec::new(),
         };
         Self {
             origin: Origin::Phantom {
@@ -218,6 +223,11 @@ impl Source {
                     .update(slice.name.as_bytes())
                     .update(&[u8::from(slice.pe_present)]);
             }
+            for left_out in &unit.left_out {
+                for text in [&left_out.file, &left_out.reason] {
+                    hasher.update(text.as_bytes()).update(b"\n");
+                }
+            }
         }
         hasher.finalize().to_hex().to_string()
     }
@@ -250,7 +260,10 @@ fn walk(folder: &Path, below: &str, files: &mut Vec<String>) -> Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else {
-            bail!("a file name in {below} is not UTF-8");
+            bail!(
+                "{}: the name is not UTF-8; rename the file",
+                entry.path().display()
+            );
         };
         let name_below = format!("{below}/{name}");
         if entry.path().is_dir() {
@@ -305,19 +318,20 @@ fn read_train_csv(path: &Path) -> Result<Vec<Unit>> {
             let unit: &Unit = &units[index];
             unit.study.as_bytes() == field(study) && unit.series.as_bytes() == field(series)
         });
+        let mut labels = Labels::default();
+        for (label, &index) in labels.iter_mut().zip(&label_columns) {
+            *label = flag(field(index)).with_context(place)?;
+        }
         if !is_current {
             let next = units.len();
             let index = *unit_of.entry(key.as_slice().into()).or_insert(next);
             if index == next {
-                let mut labels = Labels::default();
-                for (label, &index) in labels.iter_mut().zip(&label_columns) {
-                    *label = flag(field(index)).with_context(place)?;
-                }
                 units.push(Unit {
                     study: name(field(study)).with_context(place)?,
                     series: name(field(series)).with_context(place)?,
                     labels: Some(labels),
                     slices: Vec::new(),
+                    left_out: Vec::new(),
                 });
             }
             current = Some(index);
@@ -327,11 +341,47 @@ fn read_train_csv(path: &Path) -> Result<Vec<Unit>> {
             pe_present: flag(field(present)).with_context(place)?,
         };
         if let Some(index) = current {
+            ensure!(
+                units[index].labels == Some(labels),
+                "{}: the exam's labels contradict those of the series' first line",
+                place()
+            );
             units[index].slices.push(slice);
         }
     }
+    units.iter_mut().for_each(settle_repeats);
     units.sort_by(|a, b| (&a.study, &a.series).cmp(&(&b.study, &b.series)));
     Ok(units)
+}
+
+/// A slice that is listed again with the same label counts once; one with both labels not at all. Either is listed with its reason.
+fn settle_repeats(unit: &mut Unit) {
+    let mut n_lines: HashMap<Box<str>, [usize; 2]> = HashMap::new();
+    for slice in &unit.slices {
+        n_lines.entry(slice.name.clone()).or_default()[usize::from(slice.pe_present)] += 1;
+    }
+    if n_lines.len() == unit.slices.len() {
+        return;
+    }
+    unit.slices.retain(|slice| {
+        let Some([negative, positive]) = n_lines.remove(&slice.name) else {
+            return false;
+        };
+        let (n, is_contradiction) = (negative + positive, negative > 0 && positive > 0);
+        if n > 1 {
+            unit.left_out.push(LeftOut {
+                file: format!("{}/{}/{}", unit.study, unit.series, slice.name),
+                reason: if is_contradiction {
+                    format!(
+                        "label: {positive} lines say that PE is present, {negative} that it is not"
+                    )
+                } else {
+                    format!("repeated: {n} lines list it; it is used once")
+                },
+            });
+        }
+        !is_contradiction
+    });
 }
 
 /// A name that is safe as one component of a path.
@@ -391,13 +441,15 @@ mod tests {
         row[4 + 11] = "1";
         let mut other = ["0"; 17];
         other[..3].copy_from_slice(&["a", "s", "i"]);
+        let mut next = row;
+        next[2] = "j";
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("train.csv");
         let forward: Vec<usize> = (0..17).collect();
         let backward: Vec<usize> = (0..17).rev().collect();
         let mut read = Vec::new();
         for order in [forward, backward] {
-            std::fs::write(&path, table(&order, &[row, other, row])).unwrap();
+            std::fs::write(&path, table(&order, &[row, other, next])).unwrap();
             read.push(read_train_csv(&path).unwrap());
         }
         assert_eq!(read[0], read[1]);
@@ -405,6 +457,41 @@ mod tests {
         assert_eq!(read[0][1].slices.len(), 2);
         assert!(read[0][1].slices[0].pe_present);
         assert!(read[0][1].labels.unwrap()[11]);
+    }
+
+    #[test]
+    fn a_repeated_slice_counts_once_and_a_contradictory_one_not_at_all() {
+        let line = |sop, present| {
+            let mut row = ["0"; 17];
+            row[..4].copy_from_slice(&["a", "s", sop, present]);
+            row
+        };
+        let rows = [
+            line("twice", "1"),
+            line("good", "0"),
+            line("both", "0"),
+            line("twice", "1"),
+            line("both", "1"),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.csv");
+        let order: Vec<usize> = (0..17).collect();
+        std::fs::write(&path, table(&order, &rows)).unwrap();
+        let unit = read_train_csv(&path).unwrap().remove(0);
+        let names: Vec<&str> = unit.slices.iter().map(|slice| &*slice.name).collect();
+        assert_eq!(names, ["twice", "good"]);
+        assert_eq!(unit.left_out.len(), 2);
+        assert_eq!(unit.left_out[0].file, "a/s/twice");
+        assert!(unit.left_out[0].reason.starts_with("repeated: 2 lines"));
+        assert!(unit.left_out[1].reason.starts_with("label: 1 lines"));
+        let mut contradiction = line("other", "0");
+        contradiction[9] = "1";
+        std::fs::write(&path, table(&order, &[rows[0], contradiction])).unwrap();
+        let error = format!("{:#}", read_train_csv(&path).unwrap_err());
+        assert!(
+            error.contains("line 3: the exam's labels contradict"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -13,6 +13,7 @@ use anyhow::Result;
 use rayon::prelude::*;
 use serde::Serialize;
 use shared::RESEARCH_USE;
+use shared::manifest::DataKind;
 
 use crate::cache::{Cache, write_atomically};
 use crate::index::{EXAM_LABELS, Part, Row};
@@ -85,6 +86,7 @@ pub struct Stats {
 /// The cache cannot be read or the plot not be written.
 pub fn run(args: &StatsArgs) -> Result<ExitCode> {
     let cache = Cache::open(&args.data)?;
+    cache.check_digests()?;
     let stats = stats(&cache);
     let mut stdout = std::io::stdout().lock();
     if args.json {
@@ -147,7 +149,10 @@ pub fn stats(cache: &Cache) -> Stats {
         labels: labels.collect(),
         manufacturers,
         spacing_mm: range(rows.iter().filter_map(|row| row.spacing_mm).collect()),
-        slice_distance_mm: range(distances(rows)),
+        // The JPEG copy has ranks in place of positions.
+        slice_distance_mm: (cache.manifest().kind != DataKind::Jpeg)
+            .then(|| range(distances(rows)))
+            .flatten(),
         left_out: cache.manifest().left_out.len() as u64,
         leaking_studies: studies.values().filter(|study| study.1.len() > 1).count() as u64,
         leaking_tensors,
@@ -221,26 +226,39 @@ fn text(stats: &Stats) -> String {
             _ = writeln!(text, "  {name:<28}{}", share(*n, stats.labelled_studies));
         }
     }
-    for (maker, n) in &stats.manufacturers {
-        _ = writeln!(text, "manufacturer {maker}: {n} slices");
+    for line in facts(stats) {
+        text.push_str(&line);
+        text.push('\n');
     }
+    text
+}
+
+/// What is no share, in lines: makers, distances, leaks, and the notice.
+fn facts(stats: &Stats) -> Vec<String> {
+    let makers = stats.manufacturers.iter();
+    let mut lines: Vec<String> = makers
+        .map(|(maker, n)| format!("manufacturer {maker}: {n} slices"))
+        .collect();
     for (name, range) in [
         ("spacing of rows", stats.spacing_mm),
         ("distance of slices", stats.slice_distance_mm),
     ] {
         if let Some([low, median, high]) = range {
-            _ = writeln!(text, "{name}: {low:.3} to {high:.3} mm, median {median:.3}");
+            lines.push(format!(
+                "{name}: {low:.3} to {high:.3} mm, median {median:.3}"
+            ));
         }
     }
-    _ = writeln!(text, "left out when the cache was made: {}", stats.left_out);
-    _ = writeln!(
-        text,
+    lines.push(format!(
+        "left out when the cache was made: {}",
+        stats.left_out
+    ));
+    lines.push(format!(
         "leaks: {} studies and {} contents in several parts; {} slices repeat another's content",
         stats.leaking_studies, stats.leaking_tensors, stats.repeated_tensors
-    );
-    text.push_str(RESEARCH_USE);
-    text.push('\n');
-    text
+    ));
+    lines.push(RESEARCH_USE.to_owned());
+    lines
 }
 
 fn plot(stats: &Stats) -> String {
@@ -256,14 +274,63 @@ fn plot(stats: &Stats) -> String {
             stats.total.studies,
         ),
     ];
+    for (name, part) in &stats.parts {
+        bars.push((
+            format!("{name}: positive slices"),
+            part.positive_slices,
+            part.slices,
+        ));
+        bars.push((
+            format!("{name}: positive studies"),
+            part.positive_studies,
+            part.studies,
+        ));
+    }
     for (name, n) in &stats.labels {
         bars.push(((*name).to_owned(), *n, stats.labelled_studies));
     }
-    // Slices are many more than studies: each bar is drawn as its share.
-    for bar in &mut bars {
-        if bar.2 == 0 {
-            bar.2 = 1;
-        }
+    plots::bars(&stats.source, &bars, &facts(stats))
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::spec::PreprocessSpec;
+
+    use super::*;
+    use crate::source::Source;
+
+    fn stats_of(kind: DataKind) -> Stats {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("cache");
+        let source = Source::phantom(3, 1, 3, 64, false);
+        let spec = PreprocessSpec::default();
+        let mut manifest = crate::prepare::prepare(&source, &spec, 1, None, &out).unwrap();
+        manifest.kind = kind;
+        let text = serde_json::to_vec(&manifest).unwrap();
+        write_atomically(&out.join("manifest.json"), &text).unwrap();
+        stats(&Cache::open(&out).unwrap())
     }
-    plots::bars(&stats.source, &bars)
+
+    #[test]
+    fn ranks_of_the_jpeg_copy_are_no_millimetres() {
+        assert!(stats_of(DataKind::Phantom).slice_distance_mm.is_some());
+        assert_eq!(stats_of(DataKind::Jpeg).slice_distance_mm, None);
+    }
+
+    #[test]
+    fn the_plot_says_what_the_text_says() {
+        let mut stats = stats_of(DataKind::Phantom);
+        stats.source = "a \"b\" <c>".into();
+        let plot = plot(&stats);
+        for line in facts(&stats) {
+            assert!(plot.contains(&format!(">{line}</text>")), "{line}");
+        }
+        for part in ["train", "val", "test"] {
+            assert!(plot.contains(&format!("{part}: positive slices")));
+        }
+        assert!(
+            plot.contains("aria-label=\"a &quot;b&quot; &lt;c>\""),
+            "{plot}"
+        );
+    }
 }

@@ -1,12 +1,11 @@
 //! One unit of a source: its slices as rows and tensors.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 use shared::TENSOR_BYTES;
 use shared::phantom::{StudyPlan, UidRole};
 use shared::preprocess::{Preprocessor, SeriesRange};
 use shared::spec::{Normalisation, PreprocessSpec};
-use shared::stored::PixelError;
 use shared::uid::Uid;
 
 use super::files::{dicom_series, jpeg_series, loose_files, read_files};
@@ -47,7 +46,7 @@ pub(super) fn decode_unit(
 ) -> Result<(Done, Vec<u8>)> {
     let unit = &source.units[usize::try_from(unit_number)?];
     let mut hasher = blake3::Hasher::new();
-    let mut left_out = Vec::new();
+    let mut left_out = unit.left_out.clone();
     let exams = match &source.origin {
         Origin::Phantom {
             seed: phantom_seed,
@@ -66,7 +65,7 @@ pub(super) fn decode_unit(
             let folder = folder.join(&*unit.study).join(&*unit.series);
             let path_of = |slice: &Listed| folder.join(format!("{}.dcm", slice.name));
             let read = read_files(unit, path_of, &mut hasher);
-            let slices = dicom_series(read, spec, &mut left_out)?;
+            let slices = dicom_series(unit, read, spec, &mut left_out)?;
             vec![(exam_of(unit), slices)]
         }
         Origin::Jpeg(folder) => {
@@ -77,7 +76,7 @@ pub(super) fn decode_unit(
         Origin::Folders(folder) => {
             let path_of = |slice: &Listed| folder.join(&*slice.name);
             let read = read_files(unit, path_of, &mut hasher);
-            let slices = loose_files(read, spec, &mut left_out)?;
+            let slices = loose_files(unit, read, spec, &mut left_out)?;
             vec![(exam_of(unit), slices)]
         }
     };
@@ -222,7 +221,7 @@ pub(super) fn is_one_in(n: u64, identifier: &str) -> bool {
 pub(super) fn tensors_of(
     slices: &[shared::stored::SlicePixels<'_>],
     spec: &PreprocessSpec,
-) -> Result<Vec<std::result::Result<Vec<u8>, PixelError>>> {
+) -> Result<Vec<Result<Vec<u8>>>> {
     let preprocessor = Preprocessor::new(spec)?;
     let mut range: Option<SeriesRange> = None;
     if spec.normalisation == Normalisation::SeriesMinmax {
@@ -241,7 +240,10 @@ pub(super) fn tensors_of(
                     (Some(range), Normalisation::SeriesMinmax) => {
                         preprocessor.tensor_in_series(slice, range, &mut tensor)?;
                     }
-                    (None, Normalisation::SeriesMinmax) => {}
+                    (None, Normalisation::SeriesMinmax) => {
+                        preprocessor.series_range(slice, None)?;
+                        bail!("the series has no pixel that is not padding");
+                    }
                     (_, Normalisation::Window) => preprocessor.tensor(slice, &mut tensor)?,
                 }
                 Ok(tensor)

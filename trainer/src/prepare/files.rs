@@ -71,41 +71,37 @@ pub(super) fn left_out(unit: &Unit, slice: &Listed, code: &str, reason: &str) ->
 }
 
 pub(super) fn dicom_series(
+    unit: &Unit,
     read: Vec<ReadFile<'_>>,
     spec: &PreprocessSpec,
     left: &mut Vec<LeftOut>,
 ) -> Result<Vec<Decoded>> {
-    type Opened = std::result::Result<(dicom::Slice, dicom::Identity), (String, String)>;
+    type Opened = std::result::Result<(dicom::Slice, dicom::Identity, Option<String>), LeftOut>;
     let opened: Vec<(&Listed, Opened)> = read
         .into_par_iter()
         .map(|(slice, bytes)| {
-            let opened = bytes
-                .map_err(|left_out| ("file".to_owned(), left_out.reason))
-                .and_then(|bytes| {
-                    let object = dicom::read(&bytes)
-                        .map_err(|error| (error.code().to_owned(), error.to_string()))?;
-                    let frame = object
-                        .frame(0)
-                        .map_err(|error| (error.code().to_owned(), error.to_string()))?;
-                    Ok((frame, object.identity().clone()))
-                });
+            let opened = bytes.and_then(|bytes| {
+                let object = dicom::read(&bytes)
+                    .map_err(|error| left_out(unit, slice, error.code(), &error.to_string()))?;
+                let frame = object
+                    .frame(0)
+                    .map_err(|error| left_out(unit, slice, error.code(), &error.to_string()))?;
+                Ok((frame, object.identity().clone(), manufacturer(&object)))
+            });
             (slice, opened)
         })
         .collect();
     let mut good = Vec::new();
     for (slice, opened) in opened {
         match opened {
-            Ok((frame, identity)) => good.push((slice, frame, identity)),
-            Err((code, reason)) => left.push(LeftOut {
-                file: slice.name.to_string(),
-                reason: format!("{code}: {reason}"),
-            }),
+            Ok((frame, identity, maker)) => good.push((slice, frame, identity, maker)),
+            Err(reason) => left.push(reason),
         }
     }
-    let views: Vec<_> = good.iter().map(|(_, frame, _)| frame.pixels()).collect();
+    let views: Vec<_> = good.iter().map(|(_, frame, ..)| frame.pixels()).collect();
     let tensors = tensors_of(&views, spec)?;
     let mut slices = Vec::new();
-    for ((slice, frame, identity), tensor) in good.iter().zip(tensors) {
+    for ((slice, frame, identity, maker), tensor) in good.iter().zip(tensors) {
         match tensor {
             Ok(tensor) => slices.push(Decoded {
                 study: identity.study_uid.clone(),
@@ -117,16 +113,22 @@ pub(super) fn dicom_series(
                 pe_present: slice.pe_present,
                 z_mm: frame.attributes.z_mm,
                 spacing_mm: frame.attributes.pixel_spacing_mm.map(|spacing| spacing[0]),
-                manufacturer: None,
+                manufacturer: maker.clone(),
                 tensor,
             }),
-            Err(error) => left.push(LeftOut {
-                file: slice.name.to_string(),
-                reason: format!("pixels: {error}"),
-            }),
+            Err(error) => left.push(left_out(unit, slice, "pixels", &format!("{error:#}"))),
         }
     }
     Ok(slices)
+}
+
+/// Manufacturer (0008,0070). The RSNA data set keeps it, as one of few elements that say which scanner it was.
+fn manufacturer(object: &dicom::Object<'_>) -> Option<String> {
+    let mut copied = object.copied().into_iter();
+    let element = copied.find(|element| element.tag == (0x0008, 0x0070))?;
+    let text = String::from_utf8_lossy(&element.value);
+    let text = text.replace(char::is_control, " ");
+    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }
 
 /// `NNNN_<SOP>.jpg` of a series; NNNN is the rank by rising z, which stands for z.
@@ -199,6 +201,7 @@ pub(super) fn picture(slice: &Listed, tensor: Vec<u8>) -> Decoded {
 
 /// Files that know nothing of each other: pictures, or DICOM, which brings its own identity.
 pub(super) fn loose_files(
+    unit: &Unit,
     read: Vec<ReadFile<'_>>,
     spec: &PreprocessSpec,
     left: &mut Vec<LeftOut>,
@@ -211,12 +214,11 @@ pub(super) fn loose_files(
         match bytes {
             Ok(bytes) if is_picture => match picture_tensor(&bytes) {
                 Ok(tensor) => slices.push(picture(slice, tensor)),
-                Err(reason) => left.push(LeftOut {
-                    file: slice.name.to_string(),
-                    reason: format!("picture: {reason:#}"),
-                }),
+                Err(reason) => {
+                    left.push(left_out(unit, slice, "picture", &format!("{reason:#}")));
+                }
             },
-            bytes => slices.extend(dicom_series(vec![(slice, bytes)], spec, left)?),
+            bytes => slices.extend(dicom_series(unit, vec![(slice, bytes)], spec, left)?),
         }
     }
     Ok(slices)
@@ -224,7 +226,12 @@ pub(super) fn loose_files(
 
 /// The tensor of a 256x256 RGB picture whose channels are the three windows.
 pub(super) fn picture_tensor(bytes: &[u8]) -> Result<Vec<u8>> {
-    let mut reader = image::ImageReader::new(std::io::Cursor::new(bytes)).with_guessed_format()?;
+    let format = image::guess_format(bytes)?;
+    ensure!(
+        format != image::ImageFormat::Jpeg || is_whole_jpeg(bytes),
+        "the JPEG is cut off: no end of image (FF D9) follows its scans"
+    );
+    let mut reader = image::ImageReader::with_format(std::io::Cursor::new(bytes), format);
     let mut limits = image::Limits::default();
     limits.max_image_width = Some(4096);
     limits.max_image_height = Some(4096);
@@ -247,4 +254,94 @@ pub(super) fn picture_tensor(bytes: &[u8]) -> Result<Vec<u8>> {
         }
     }
     Ok(tensor)
+}
+
+/// Whether an EOI marker follows a JPEG's scans (ISO/IEC 10918-1 B.1.1.2, B.2.1). The decoder does not ask: it fills with grey what a cut file
+/// lacks. The EOI of a preview within a segment does not count, for segments are stepped over.
+fn is_whole_jpeg(bytes: &[u8]) -> bool {
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    let mut has_scan = false;
+    while let Some(&[byte, marker]) = rest.first_chunk() {
+        let n_bytes = match (byte, marker) {
+            (0xff, 0xd9) => return has_scan,
+            // A stuffed byte and RSTn belong to the scan's data.
+            (0xff, 0x00 | 0xd0..=0xd7) => 2,
+            // A byte of data, or one that fills the space before a marker.
+            (0xff, 0xff) | (0..=0xfe, _) => 1,
+            (0xff, _) => {
+                has_scan |= marker == 0xda;
+                let length = rest.get(2..4).map_or(0, |length| {
+                    usize::from(u16::from_be_bytes([length[0], length[1]]))
+                });
+                2 + length
+            }
+        };
+        rest = rest.get(n_bytes..).unwrap_or_default();
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use image::codecs::jpeg::JpegEncoder;
+    use shared::phantom::{MANUFACTURER, StudyPlan, dicom_file};
+
+    use super::*;
+
+    fn jpeg() -> Vec<u8> {
+        let pixels: Vec<u8> = (0..SIDE * SIDE * CHANNELS)
+            .map(|index| u8::try_from(index * 7 % 251).unwrap())
+            .collect();
+        let side = u32::try_from(SIDE).unwrap();
+        let mut jpeg = Vec::new();
+        JpegEncoder::new_with_quality(&mut jpeg, 95)
+            .encode(&pixels, side, side, image::ExtendedColorType::Rgb8)
+            .unwrap();
+        jpeg
+    }
+
+    fn prepared(bytes: &[u8], spec: &PreprocessSpec) -> (Vec<Decoded>, Vec<LeftOut>) {
+        let slice = Listed {
+            name: "1.2.3".into(),
+            pe_present: false,
+        };
+        let unit = Unit {
+            study: "a".into(),
+            series: "b".into(),
+            labels: None,
+            slices: vec![slice.clone()],
+            left_out: Vec::new(),
+        };
+        let mut left = Vec::new();
+        let read = vec![(&slice, Ok(bytes.to_vec()))];
+        let slices = dicom_series(&unit, read, spec, &mut left).unwrap();
+        (slices, left)
+    }
+
+    #[test]
+    fn a_dicom_slice_keeps_its_manufacturer_and_a_bad_one_its_path() {
+        let plan = StudyPlan::new(1, 0, 2, 64);
+        let file = dicom_file(&plan, 0, "1.2.840.10008.1.2.1").unwrap();
+        let spec = PreprocessSpec::default();
+        let (slices, left) = prepared(&file, &spec);
+        assert!(left.is_empty());
+        assert_eq!(slices[0].manufacturer.as_deref(), Some(MANUFACTURER));
+        let (slices, left) = prepared(b"nothing", &spec);
+        assert!(slices.is_empty());
+        assert_eq!(left[0].file, "a/b/1.2.3");
+    }
+
+    #[test]
+    fn a_jpeg_that_was_cut_off_has_no_tensor() {
+        let whole = jpeg();
+        picture_tensor(&whole).unwrap();
+        for n_bytes in [3000, whole.len() - 2000, whole.len() - 2] {
+            let error = picture_tensor(&whole[..n_bytes]).unwrap_err();
+            assert!(error.to_string().contains("cut off"), "{n_bytes}: {error}");
+        }
+        // A preview's end within a segment is not the picture's.
+        let preview = [&whole[..2], &[0xff, 0xe1, 0, 4, 0xff, 0xd9], &whole[2..]].concat();
+        picture_tensor(&preview).unwrap();
+        assert!(picture_tensor(&preview[..preview.len() - 2000]).is_err());
+    }
 }

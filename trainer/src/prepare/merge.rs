@@ -20,10 +20,22 @@ pub(super) fn merge(shards: &[PathBuf], out: &Path) -> Result<CacheManifest> {
         pieces.push((work, done, Cache::open(folder)?));
     }
     pieces.sort_by_key(|(work, ..)| work.shard.index);
-    let n = u32::try_from(pieces.len())?;
     let Some((first, ..)) = pieces.first() else {
         bail!("no shard was given");
     };
+    let n = first.shard.n;
+    let is_given = |index: &u32| pieces.iter().any(|(work, ..)| work.shard.index == *index);
+    if let Some(index) = (0..n).find(|index| !is_given(index)) {
+        bail!(
+            "{} of {n} shards are given; {index}/{n} is missing",
+            pieces.len()
+        );
+    }
+    ensure!(
+        pieces.len() == usize::try_from(n)?,
+        "{} shards are given, of which there are {n}",
+        pieces.len()
+    );
     let work = Work {
         shard: WHOLE,
         ..first.clone()
@@ -38,8 +50,7 @@ pub(super) fn merge(shards: &[PathBuf], out: &Path) -> Result<CacheManifest> {
         };
         ensure!(
             *piece == expected,
-            "{} shards are given; shard {}/{} of the same source is not shard {index}/{n}",
-            n,
+            "shard {}/{} is of another source or other settings than shard 0/{n}",
             piece.shard.index,
             piece.shard.n
         );

@@ -114,6 +114,7 @@ struct Work {
 /// # Errors
 /// A source that cannot be listed, an output folder that holds something else, a disk that refuses.
 pub fn run(args: &PrepareArgs) -> Result<ExitCode> {
+    let is_reused = args.out.exists();
     let summary = if let Some(shards) = &args.merge {
         ensure!(args.shard.is_none(), "--merge takes no --shard");
         merge(shards, &args.out)?
@@ -126,6 +127,13 @@ pub fn run(args: &PrepareArgs) -> Result<ExitCode> {
             &args.out,
         )?
     };
+    if is_reused {
+        writeln!(
+            std::io::stderr(),
+            "{} was there already: the source's files were not read again; remove it to prepare them anew",
+            args.out.display()
+        )?;
+    }
     tell(&summary, args)?;
     if summary.n_rows == 0 {
         return Err(fault(Exit::BadData, "no slice could be used"));
@@ -177,7 +185,9 @@ fn tell(manifest: &CacheManifest, args: &PrepareArgs) -> Result<()> {
     if manifest.left_out.len() > SHOWN_REASONS {
         writeln!(out, "  ... all in {}/manifest.json", args.out.display())?;
     }
-    writeln!(out, "next: trainer stats --data {}", args.out.display())?;
+    if args.shard.is_none() {
+        writeln!(out, "next: trainer stats --data {}", args.out.display())?;
+    }
     Ok(())
 }
 
@@ -294,6 +304,20 @@ mod tests {
     }
 
     #[test]
+    fn merging_names_the_shard_that_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Source::phantom(4, 3, 1, 64, false);
+        let shards = [0, 1, 3].map(|index| {
+            let out = folder.path().join(format!("shard-{index}"));
+            let shard = Some(Shard { index, n: 4 });
+            prepare(&source, &PreprocessSpec::default(), 3, shard, &out).unwrap();
+            out
+        });
+        let error = merge(&shards, &folder.path().join("merged")).unwrap_err();
+        assert_eq!(error.to_string(), "3 of 4 shards are given; 2/4 is missing");
+    }
+
+    #[test]
     fn a_folder_of_other_work_is_not_touched() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("cache");
@@ -307,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn unreadable_files_are_left_out_with_their_reason() {
+    fn unreadable_files_are_left_out_and_a_cache_of_nothing_is_not_kept() {
         let folder = tempfile::tempdir().unwrap();
         for (name, bytes) in [
             ("no_pe/a.dcm", &b"nothing"[..]),
@@ -320,9 +344,23 @@ mod tests {
         let source = Source::folders(folder.path()).unwrap();
         let spec = PreprocessSpec::default();
         let out = folder.path().join("cache");
+        let error = prepare(&source, &spec, 0, None, &out).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), Exit::BadData);
+        let text = error.to_string();
+        assert!(text.contains("no_pe/a.dcm: not-dicom"), "{text}");
+        assert!(!out.exists() && !partial_folder(&out).exists());
+        // The same command after the files were put in place.
+        let side = u32::try_from(shared::SIDE).unwrap();
+        image::RgbImage::new(side, side)
+            .save(folder.path().join("pe_present/b.jpg"))
+            .unwrap();
+        std::fs::remove_file(folder.path().join("no_pe/a.dcm")).unwrap();
         let manifest = prepare(&source, &spec, 0, None, &out).unwrap();
-        assert_eq!((manifest.n_rows, manifest.left_out.len()), (0, 2));
-        assert!(manifest.left_out[0].reason.starts_with("not-dicom"));
-        assert!(manifest.left_out[1].reason.starts_with("picture"));
+        assert_eq!((manifest.n_rows, manifest.left_out.len()), (1, 1));
+        let reason = &manifest.left_out[0].reason;
+        assert!(
+            reason.starts_with("file: ") && !reason.contains("file: file"),
+            "{reason}"
+        );
     }
 }

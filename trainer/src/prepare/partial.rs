@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use shared::TENSOR_BYTES;
 
-use super::{JOURNAL, SHARD_FILE, WHOLE, Work};
+use super::{JOURNAL, SHARD_FILE, SHOWN_REASONS, WHOLE, Work};
 use crate::cache::{CacheManifest, FORMAT_VERSION, LeftOut, write_atomically};
 use crate::exit::{Exit, fault};
 use crate::index::{self, Row};
@@ -105,6 +105,22 @@ impl Partial {
         Ok(())
     }
 
+    /// Nothing stays, so that the same command reads the files again.
+    fn nothing(self) -> anyhow::Error {
+        let mut text = "no slice could be used".to_owned();
+        let left_out = self.done.iter().flat_map(|done| &done.left_out);
+        for left_out in left_out.take(SHOWN_REASONS) {
+            text.push_str(&format!("\n  {}: {}", left_out.file, left_out.reason));
+        }
+        match std::fs::remove_dir_all(&self.folder) {
+            Ok(()) => fault(Exit::BadData, text),
+            Err(error) => fault(
+                Exit::CannotWrite,
+                format!("{text}\nremoving {}: {error}", self.folder.display()),
+            ),
+        }
+    }
+
     pub(super) fn finish(self, work: &Work, out: &Path) -> Result<CacheManifest> {
         let rows: Vec<Row> = self
             .done
@@ -112,6 +128,9 @@ impl Partial {
             .flat_map(|done| &done.rows)
             .cloned()
             .collect();
+        if rows.is_empty() && work.shard == WHOLE {
+            return Err(self.nothing());
+        }
         let index = index::to_csv(&rows)?;
         let mut sources = blake3::Hasher::new();
         for done in &self.done {

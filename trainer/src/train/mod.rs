@@ -176,6 +176,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
         ));
     }
     let cache = Cache::open(&args.data)?;
+    cache.check_digests()?;
     let stop = interrupt::watch().context("waiting for Ctrl-C")?;
     let place = Place::from_environment(|name| std::env::var(name).ok())?;
     let summary = train_in(place.as_ref(), &args.options(), &cache, &args.out, stop)?;

@@ -34,6 +34,7 @@ fn cache(folder: &Path, n: usize) -> Cache {
             spacing_mm: None,
         });
     }
+    let index = to_csv(&rows).unwrap();
     let manifest = CacheManifest {
         format_version: FORMAT_VERSION,
         preprocess: shared::spec::PreprocessSpec::default(),
@@ -43,12 +44,12 @@ fn cache(folder: &Path, n: usize) -> Cache {
         split: "study".into(),
         n_rows: n as u64,
         tensors_digest: "1".repeat(64),
-        index_digest: "2".repeat(64),
+        index_digest: blake3::hash(&index).to_hex().to_string(),
         left_out: Vec::new(),
     };
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("tensors.u8"), tensors).unwrap();
-    fs::write(folder.join("index.csv"), to_csv(&rows).unwrap()).unwrap();
+    fs::write(folder.join("index.csv"), index).unwrap();
     fs::write(
         folder.join("manifest.json"),
         serde_json::to_string(&manifest).unwrap(),
