@@ -76,6 +76,9 @@ pub fn code_of(error: &anyhow::Error) -> Exit {
                 std::io::ErrorKind::PermissionDenied
                     | std::io::ErrorKind::StorageFull
                     | std::io::ErrorKind::ReadOnlyFilesystem
+                    | std::io::ErrorKind::NotADirectory
+                    | std::io::ErrorKind::AlreadyExists
+                    | std::io::ErrorKind::BrokenPipe
             )
         });
     if cannot_write {

@@ -25,7 +25,7 @@ use crate::export::{LOGIT, write_file};
 use crate::index::Part;
 use crate::metrics::{Measures, NAMES, Sample, Sorted};
 use crate::onnx::{self, ModelProto};
-use crate::quantize::EQUALISED;
+use crate::quantize::{EQUALISED, FLOAT_FILE};
 
 /// Sensitivity that quantization may cost, in percentage points, where nothing else is said.
 pub const DEFAULT_MARGIN_POINTS: f64 = 0.5;
@@ -75,6 +75,8 @@ pub struct TensorNoise {
 pub struct VerifyReport {
     /// Part of the cache that was used.
     pub part: &'static str,
+    /// Whether the int8 file says that it was made of this f32 file; false where it says nothing.
+    pub is_pair_known: bool,
     /// Slices of it.
     pub n_slices: usize,
     /// Studies of it.
@@ -129,7 +131,7 @@ pub struct VerifyArgs {
     #[arg(long)]
     pub data: PathBuf,
     /// Sensitivity at the operating point that may be lost, in percentage points.
-    #[arg(long, default_value_t = DEFAULT_MARGIN_POINTS)]
+    #[arg(long, default_value_t = DEFAULT_MARGIN_POINTS, value_parser = margin)]
     pub margin: f64,
     /// Slices on which the noise of every tensor is measured.
     #[arg(long, default_value_t = 8)]
@@ -217,6 +219,12 @@ pub fn verify(
         manifest.precision == Precision::Int8,
         "the int8 file says that it is f32"
     );
+    let is_pair_known = is_pair_known(float, &manifest)?;
+    let (wanted, found) = (&manifest.preprocess, &cache.manifest().preprocess);
+    ensure!(
+        wanted == found,
+        "the model wants {wanted:?}, the cache was made with {found:?}"
+    );
     let is_equalised = manifest.tools.contains_key(EQUALISED);
     let tensors = noise(
         &float_model,
@@ -271,6 +279,7 @@ pub fn verify(
         .is_none_or(|point| point.sensitivity.change * 100.0 >= -margin_points);
     Ok(VerifyReport {
         part: "val",
+        is_pair_known,
         n_slices: rows.len(),
         n_studies: both.n_studies,
         data_digest: cache.digest(),
@@ -290,6 +299,23 @@ pub fn verify(
         is_good_enough,
         notice: shared::RESEARCH_USE,
     })
+}
+
+/// Whether the int8 file says that it was made of this f32 file; files from before it was written down say nothing.
+///
+/// # Errors
+///
+/// Where it was made of another one.
+fn is_pair_known(float: &[u8], int8: &Manifest) -> anyhow::Result<bool> {
+    let Some(parent) = int8.tools.get(FLOAT_FILE) else {
+        return Ok(false);
+    };
+    let found = blake3::hash(float).to_hex();
+    ensure!(
+        *parent == *found,
+        "the int8 file was made of the f32 file with BLAKE3 {parent}, this one has {found}: give that one, or quantize this one"
+    );
+    Ok(true)
 }
 
 /// The int8 file with the report's findings in its manifest: validation, temperature, metrics, and the operating point's figures. `None` where the
@@ -637,12 +663,34 @@ fn text(report: &VerifyReport) -> String {
             tensor.tensor, tensor.snr_db
         ));
     }
-    line(if report.is_good_enough {
-        "gate: passed".to_owned()
-    } else {
-        format!("gate: FAILED, margin {} points", report.margin_points)
-    });
+    if !report.is_pair_known {
+        line("the int8 file does not say which f32 file it was made of: not checked".to_owned());
+    }
+    line(gate(report));
     text
+}
+
+/// What the gate says, with its reason.
+fn gate(report: &VerifyReport) -> String {
+    match &report.operating_point {
+        None => "gate: none, without an operating point".to_owned(),
+        Some(_) if report.is_good_enough => "gate: passed".to_owned(),
+        Some(point) if point.sensitivity.change.is_nan() => {
+            "gate: FAILED, no positive slice shows the sensitivity".to_owned()
+        }
+        Some(_) => format!(
+            "gate: FAILED, sensitivity fell by more than {} points",
+            report.margin_points
+        ),
+    }
+}
+
+/// Points of sensitivity that may be lost: 0 to 100.
+fn margin(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(points) if (0.0..=100.0).contains(&points) => Ok(points),
+        _ => Err("a number of points from 0 to 100 is wanted".to_owned()),
+    }
 }
 
 /// Bars of the signal-to-noise ratio of each tensor, with a line at [`SNR_TARGET_DB`], as SVG.
@@ -706,6 +754,27 @@ mod tests {
             }
         };
         (0..1000).map(of_index).collect()
+    }
+
+    #[test]
+    fn another_f32_file_than_the_int8_files_own_is_refused() {
+        let demo = include_bytes!("../../edge/model/demo.onnx");
+        let mut int8 = manifest(&onnx::read(demo).unwrap()).unwrap();
+        int8.tools.remove(FLOAT_FILE);
+        assert!(!is_pair_known(b"f32", &int8).unwrap(), "nothing is said");
+        let parent = blake3::hash(b"f32").to_hex().to_string();
+        int8.tools.insert(FLOAT_FILE.to_owned(), parent.clone());
+        assert!(is_pair_known(b"f32", &int8).unwrap());
+        let refused = is_pair_known(b"another", &int8).unwrap_err();
+        assert!(refused.to_string().contains(&parent));
+    }
+
+    #[test]
+    fn margin_is_a_number_of_points() {
+        assert_eq!(margin("0.5"), Ok(0.5));
+        for text in ["nan", "-5", "101", "x"] {
+            assert!(margin(text).is_err(), "{text}");
+        }
     }
 
     #[test]

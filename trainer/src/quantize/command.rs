@@ -15,7 +15,7 @@ use crate::onnx::{self, ModelProto};
 use crate::quantization_aware::{self, TrainedRanges};
 
 use super::{
-    Choice, EQUALISED, Options, Profile, QuantizeError, QuantizeReport, quantize_model,
+    Choice, EQUALISED, FLOAT_FILE, Options, Profile, QuantizeError, QuantizeReport, quantize_model,
     quantize_with,
 };
 
@@ -49,10 +49,10 @@ pub struct QuantizeArgs {
     #[arg(long, value_enum)]
     pub method: Option<Method>,
     /// Training slices, half of them positive, on which ranges are observed.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 256)]
     pub calibration_slices: usize,
     /// Of these, slices on which errors are compared and biases corrected.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     pub selection_slices: usize,
     /// Cross-layer equalisation.
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
@@ -70,8 +70,8 @@ impl Default for Options {
         Self {
             profile: Profile::Standard,
             method: None,
-            n_calibration: 128,
-            n_selection: 8,
+            n_calibration: 256,
+            n_selection: 16,
             equalise: Choice::Auto,
             correct_bias: Choice::Auto,
         }
@@ -216,6 +216,10 @@ fn quantize_bytes(
     manifest
         .tools
         .insert("quantizer".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
+    manifest.tools.insert(
+        FLOAT_FILE.to_owned(),
+        blake3::hash(float).to_hex().to_string(),
+    );
     manifest.tools.insert(
         "calibration_slices".to_owned(),
         report.n_calibration.to_string(),

@@ -37,6 +37,9 @@ use ranges::{choose_ranges, logits, rmse};
 /// Key in the manifest's `tools` of a file whose channels were equalised: its tensors differ from the f32 file's by a factor a channel.
 pub const EQUALISED: &str = "equalised";
 
+/// Key of `tools` in the manifest of an int8 file: BLAKE3 of the f32 file it was made of, hexadecimal.
+pub const FLOAT_FILE: &str = "float_file_blake3";
+
 /// For whom the file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
