@@ -26,7 +26,7 @@ use crate::exit::{Exit, fault};
 use crate::index::Part;
 use crate::metrics::{NAMES, Sample, Sorted};
 use crate::predict::Predictor;
-use crate::split::{self, SplitBy};
+use crate::split::{self, Split, SplitBy};
 use crate::train::{self, TrainOptions};
 
 /// Of the images that the publication drew for training and validation, the share it trained on.
@@ -214,7 +214,11 @@ fn train_one(
         return Ok(None);
     }
     let mut predictor = Predictor::open(&summary.weights)?;
-    let evaluation = evaluate::evaluate(&mut predictor, cache, Part::Test, args.split, args.seed)?;
+    let split = Split {
+        by: args.split,
+        seed: args.seed,
+    };
+    let evaluation = evaluate::evaluate(&mut predictor, cache, Part::Test, split, args.seed)?;
     evaluate::write_all(&evaluation, cache, None, folder)?;
     let mut figures: BTreeMap<String, Interval> = evaluation
         .slice_balanced_half

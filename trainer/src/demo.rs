@@ -21,7 +21,7 @@ use crate::exit::Exit;
 use crate::index::Part;
 use crate::predict::Predictor;
 use crate::source::Source;
-use crate::split::SplitBy;
+use crate::split::{Split, SplitBy};
 use crate::train::{self, Schedule, TrainOptions};
 use crate::{architecture, classify, export, prepare, quantize, split, verify};
 
@@ -84,12 +84,16 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     }
     tell("3/6 evaluate on held-out studies");
     let mut float = Predictor::open(&summary.weights)?;
-    let evaluation = evaluate::evaluate(&mut float, &cache, Part::Test, SplitBy::Study, args.seed)?;
+    let split = Split {
+        by: SplitBy::Study,
+        seed: args.seed,
+    };
+    let evaluation = evaluate::evaluate(&mut float, &cache, Part::Test, split, args.seed)?;
     tell("4/6 export and quantize");
     let files = model_files(args, &cache, &summary.weights, &evaluation)?;
     tell("5/6 evaluate the int8 file and write the report");
     let mut int8 = Predictor::open(&files.int8)?;
-    let evaluation = evaluate::evaluate(&mut int8, &cache, Part::Test, SplitBy::Study, args.seed)?;
+    let evaluation = evaluate::evaluate(&mut int8, &cache, Part::Test, split, args.seed)?;
     evaluate::write_all(&evaluation, &cache, int8.manifest(), out)?;
     tell("6/6 classify with the int8 file");
     let study = held_out_study(args)?;

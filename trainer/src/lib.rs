@@ -1,5 +1,5 @@
 //! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, ranks, train, quantization_aware, checkpoint,
+//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, ranks, train, quantization_aware, checkpoint, provenance,
 //! metrics, bootstrap, export, quantize, verify, report.
 
 pub mod allocator;
@@ -33,6 +33,7 @@ pub mod plots;
 pub mod predict;
 pub mod prepare;
 pub mod progress;
+pub mod provenance;
 pub mod quantization_aware;
 pub mod quantize;
 pub mod random;

@@ -42,7 +42,7 @@ pub fn text(evaluation: &Evaluation, manifest: Option<&Manifest>) -> String {
     ));
     line("## Data\n");
     line(&format!(
-        "{}. Split {}.",
+        "{}. Split: {}.",
         evaluation.data_source, evaluation.data_split
     ));
     line(&format!(

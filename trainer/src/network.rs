@@ -75,6 +75,8 @@ pub struct Network {
     body: Body,
     /// What the forward pass rounds to, where it computes as the int8 graph does.
     scales: Option<Scales>,
+    /// How the weights came about, as their file says it beside architecture and width; see [`crate::provenance`].
+    pub provenance: BTreeMap<String, String>,
 }
 
 /// What the images go through.
@@ -191,6 +193,7 @@ impl Network {
             parameters,
             body,
             scales: None,
+            provenance: BTreeMap::new(),
         })
     }
 
@@ -218,8 +221,9 @@ impl Network {
         let width: f64 = field("width")?
             .parse()
             .map_err(|_| fault("metadata `width` is not a number".into()))?;
-        let network = Self::new(architecture, width, 0, device)?;
+        let mut network = Self::new(architecture, width, 0, device)?;
         network.set_from(path, &bytes)?;
+        network.provenance = metadata.into_iter().collect();
         Ok(network)
     }
 
@@ -303,12 +307,13 @@ impl Network {
         Ok(())
     }
 
-    /// Writes the weights with the metadata `architecture` and `width`; whole or not at all.
+    /// Writes the weights with the metadata `architecture`, `width` and their provenance; whole or not at all.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<(), NetworkError> {
-        let metadata = BTreeMap::from([
+        let mut metadata = self.provenance.clone();
+        metadata.extend([
             ("architecture".to_owned(), self.architecture.name.to_owned()),
             ("width".to_owned(), self.width.to_string()),
         ]);

@@ -1,5 +1,6 @@
 //! Logits of a cache's slices, from a model file: `.onnx` through the engine that the board runs, `.safetensors` through candle.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,6 +11,7 @@ use shared::{CHANNELS, SIDE, TENSOR_BYTES};
 use crate::cache::{Cache, file_digest};
 use crate::network::Network;
 use crate::progress::Progress;
+use crate::provenance;
 
 /// Slices that go through the network together.
 const BATCH: usize = 16;
@@ -19,6 +21,7 @@ const BATCH: usize = 16;
 pub struct Predictor {
     network: Loaded,
     manifest: Option<Manifest>,
+    provenance: BTreeMap<String, String>,
     digest: String,
     name: String,
 }
@@ -41,30 +44,41 @@ impl Predictor {
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let (network, manifest) = match path.extension().and_then(|ending| ending.to_str()) {
-            Some("onnx") => {
-                let bytes = std::fs::read(path).with_context(context)?;
-                let options = engine::Options {
-                    threads: std::thread::available_parallelism().map_or(1, usize::from),
-                    ..engine::Options::default()
-                };
-                let model = engine::Model::load(&bytes, &options).with_context(context)?;
-                let manifest = model.manifest().cloned();
-                (Loaded::Engine(Box::new(model.session())), manifest)
-            }
-            Some("safetensors") => {
-                let device = Device::Cpu;
-                let network = Network::load(path, &device).with_context(context)?;
-                (Loaded::Candle(network, device), None)
-            }
-            _ => bail!("{}: expected .onnx or .safetensors", path.display()),
-        };
+        let (network, manifest, provenance) =
+            match path.extension().and_then(|ending| ending.to_str()) {
+                Some("onnx") => {
+                    let bytes = std::fs::read(path).with_context(context)?;
+                    let options = engine::Options {
+                        threads: std::thread::available_parallelism().map_or(1, usize::from),
+                        ..engine::Options::default()
+                    };
+                    let model = engine::Model::load(&bytes, &options).with_context(context)?;
+                    let manifest = model.manifest().cloned();
+                    let tools = manifest.as_ref().map(|manifest| manifest.tools.clone());
+                    let network = Loaded::Engine(Box::new(model.session()));
+                    (network, manifest, tools.unwrap_or_default())
+                }
+                Some("safetensors") => {
+                    let device = Device::Cpu;
+                    let network = Network::load(path, &device).with_context(context)?;
+                    let provenance = network.provenance.clone();
+                    (Loaded::Candle(network, device), None, provenance)
+                }
+                _ => bail!("{}: expected .onnx or .safetensors", path.display()),
+            };
         Ok(Self {
             network,
             manifest,
+            provenance,
             digest,
             name,
         })
+    }
+
+    /// How the weights came about; see [`crate::provenance`].
+    #[must_use]
+    pub const fn provenance(&self) -> &BTreeMap<String, String> {
+        &self.provenance
     }
 
     /// The manifest in the file; weights files have none.
@@ -90,6 +104,7 @@ impl Predictor {
     /// # Errors
     /// Preprocessing of model and cache differ, or the network fails.
     pub fn logits(&mut self, cache: &Cache, rows: &[usize]) -> Result<Vec<f32>> {
+        provenance::check_preprocess(&self.provenance, cache)?;
         if let Some(manifest) = &self.manifest {
             ensure!(
                 manifest.preprocess == cache.manifest().preprocess,

@@ -19,6 +19,15 @@ pub enum SplitBy {
     Image,
 }
 
+/// A split: what is kept together, and the seed it is drawn with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Split {
+    /// What is kept together.
+    pub by: SplitBy,
+    /// The seed; a split by study is the cache's own whatever it is.
+    pub seed: u64,
+}
+
 impl SplitBy {
     /// [`LEAK_WARNING`] where it applies.
     #[must_use]

@@ -9,6 +9,7 @@ use shared::study::StudyRule;
 use super::RsnaLoss;
 use crate::bootstrap::Interval;
 use crate::index::Part;
+use crate::split::Split;
 
 /// Figures of one level.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -96,8 +97,10 @@ pub struct Evaluation {
     pub data_kind: DataKind,
     /// What the data is.
     pub data_source: String,
-    /// Split of the cache.
+    /// How parts were told apart, in words.
     pub data_split: String,
+    /// The same.
+    pub split: Split,
     /// Seed of bootstrap and samples.
     pub seed: u64,
     /// Version of this program.

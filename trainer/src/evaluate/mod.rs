@@ -31,7 +31,8 @@ use crate::exit::{Exit, fault};
 use crate::index::Part;
 use crate::metrics::{NAMES, Sample};
 use crate::predict::Predictor;
-use crate::{model_card, plots, report, split};
+use crate::split::Split;
+use crate::{model_card, plots, provenance, report, split};
 
 /// Sensitivities that operating points are chosen for; the first decides.
 pub const TARGET_SENSITIVITIES: [f64; 3] = [0.90, 0.95, 0.80];
@@ -51,10 +52,10 @@ pub struct EvaluateArgs {
     /// Part to measure on
     #[arg(long, value_enum, default_value_t = Part::Test)]
     pub part: Part,
-    /// How the model's training was split; `image` marks the figures as leaking
-    #[arg(long, value_enum, default_value_t = split::SplitBy::Study)]
-    pub split: split::SplitBy,
-    /// Seed of the bootstrap, the balanced sample and the shuffled control
+    /// How the model's training was split, where its file does not say it (by study, then); `image` marks the figures as leaking
+    #[arg(long, value_enum)]
+    pub split: Option<split::SplitBy>,
+    /// Seed of the bootstrap, the balanced sample and the shuffled control, and of a split by image where the model's file has none
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
     /// Folder for metrics.json, report.html, plots and model-card.md; default: the model's folder
@@ -79,14 +80,16 @@ struct Judged {
 pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
     let cache = Cache::open(&args.data)?;
     let mut predictor = Predictor::open(&args.model)?;
-    let evaluation = evaluate(&mut predictor, &cache, args.part, args.split, args.seed)?;
+    let split = provenance::split(predictor.provenance(), args.split, args.seed)?;
+    let evaluation = evaluate(&mut predictor, &cache, args.part, split, args.seed)?;
     let out = match (&args.out, args.model.parent()) {
         (Some(out), _) => out.clone(),
         (None, Some(folder)) => folder.to_owned(),
         (None, None) => PathBuf::from("."),
     };
     write_all(&evaluation, &cache, predictor.manifest(), &out)?;
-    if predictor.manifest().is_none() {
+    let is_of_other_data = provenance::is_of_other_data(predictor.provenance(), &cache);
+    if predictor.manifest().is_none() && !is_of_other_data {
         write_manifest(&args.model, &evaluation, &cache, &out)?;
     }
     let mut stdout = std::io::stdout().lock();
@@ -95,6 +98,10 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
     } else {
         write!(stdout, "{}", table(&evaluation))?;
         writeln!(stdout, "report: {}", out.join("report.html").display())?;
+        if is_of_other_data {
+            let what = "manifest.json is left as it is: the model was trained on other data";
+            writeln!(stdout, "{what}")?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -192,10 +199,10 @@ pub fn evaluate(
     predictor: &mut Predictor,
     cache: &Cache,
     part: Part,
-    split_by: split::SplitBy,
+    split: Split,
     seed: u64,
 ) -> Result<Evaluation> {
-    let rows_of = |part: Part| split::rows(cache, split_by, seed, part);
+    let rows_of = |part: Part| split::rows(cache, split.by, split.seed, part);
     let validation = judge(predictor, cache, rows_of(Part::Val))?;
     let measured = if part == Part::Val {
         validation.clone()
@@ -219,7 +226,7 @@ pub fn evaluate(
         }
     }
     let chosen = choose(cache, &validation)?;
-    let rsna_loss = (split_by == split::SplitBy::Study)
+    let rsna_loss = (split.by == split::SplitBy::Study)
         .then(|| {
             let training = rows_of(Part::Train);
             rsna_loss(cache, &training, &validation, &measured, &chosen.rule, seed)
@@ -229,7 +236,7 @@ pub fn evaluate(
     let controls = control_figures(cache, &rows_of(Part::Train), &measured, seed);
     Ok(Evaluation {
         notice: RESEARCH_USE,
-        leak: split_by.warning(),
+        leak: split.by.warning(),
         part,
         level: Level::Slice,
         headline: figures.slice.values.clone(),
@@ -238,7 +245,11 @@ pub fn evaluate(
         data_digest: cache.digest(),
         data_kind: cache.manifest().kind,
         data_source: cache.manifest().source.clone(),
-        data_split: cache.manifest().split.clone(),
+        data_split: match split.by {
+            split::SplitBy::Study => cache.manifest().split.clone(),
+            split::SplitBy::Image => format!("by image, seed {}: LEAKS", split.seed),
+        },
+        split,
         seed,
         trainer: env!("CARGO_PKG_VERSION"),
         subgroups: subgroups(cache, &measured, chosen.threshold, seed),
@@ -267,6 +278,11 @@ pub fn complete(manifest: &mut shared::manifest::Manifest, evaluation: &Evaluati
     let mut studies: Vec<&str> = trained.clone().map(|row| row.study_uid.as_str()).collect();
     studies.sort_unstable();
     studies.dedup();
+    if evaluation.leak.is_some() {
+        manifest
+            .tools
+            .extend(provenance::of_split(evaluation.split));
+    }
     manifest.preprocess = cache.manifest().preprocess.clone();
     manifest.training_data = shared::manifest::TrainingData {
         kind: cache.manifest().kind,

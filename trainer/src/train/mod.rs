@@ -34,8 +34,9 @@ use crate::features::Features;
 use crate::interrupt;
 use crate::network::Network;
 use crate::operators::optimiser::Moments;
+use crate::provenance;
 use crate::ranks::{Place, Ranks};
-use crate::split::{LEAK_WARNING, SplitBy};
+use crate::split::{LEAK_WARNING, Split, SplitBy};
 
 /// The publication's batch.
 const DEFAULT_BATCH: usize = 50;
@@ -262,7 +263,12 @@ pub fn train_in(
     }
     fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
     let plan = Plan::new(options, architecture, cache)?;
-    let network = Network::new(architecture, options.width, options.seed, &Device::Cpu)?;
+    let mut network = Network::new(architecture, options.width, options.seed, &Device::Cpu)?;
+    let split = Split {
+        by: options.split,
+        seed: options.seed,
+    };
+    network.provenance = provenance::of_training(split, cache)?;
     match &options.init {
         Some(path) if network.has_backbone() => network.set_pretrained(path)?,
         Some(path) => network.set_weights(path)?,
