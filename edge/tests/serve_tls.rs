@@ -14,26 +14,35 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
-fn pem(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/certificates")
-        .join(name)
-}
+/// Certificates of a test, in a folder of its own.
+struct Pki(tempfile::TempDir);
 
-fn settings(certificate: &str) -> String {
-    format!(
-        "[tls]\ncertificate = {:?}\nkey = {:?}\nclient_ca = {:?}\n",
-        pem(&format!("{certificate}.crt")),
-        pem(&format!("{certificate}.key")),
-        pem("ca.crt")
-    )
+impl Pki {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        node::certificates::write(folder.path());
+        Self(folder)
+    }
+
+    fn pem(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn settings(&self, who: &str) -> String {
+        format!(
+            "[tls]\ncertificate = {:?}\nkey = {:?}\nclient_ca = {:?}\n",
+            self.pem(&format!("{who}.crt")),
+            self.pem(&format!("{who}.key")),
+            self.pem("ca.crt")
+        )
+    }
 }
 
 /// What an association request over TLS gets.
-fn associate(node: &Node, who: Option<&str>) -> io::Result<Option<Pdu>> {
+fn associate(pki: &Pki, node: &Node, who: Option<&str>) -> io::Result<Option<Pdu>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut authorities = RootCertStore::empty();
-    let authority = CertificateDer::from_pem_file(pem("ca.crt")).unwrap();
+    let authority = CertificateDer::from_pem_file(pki.pem("ca.crt")).unwrap();
     authorities.add(authority).unwrap();
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -42,8 +51,8 @@ fn associate(node: &Node, who: Option<&str>) -> io::Result<Option<Pdu>> {
     let config = match who {
         None => config.with_no_client_auth(),
         Some(who) => {
-            let chain = CertificateDer::from_pem_file(pem(&format!("{who}.crt"))).unwrap();
-            let key = PrivateKeyDer::from_pem_file(pem(&format!("{who}.key"))).unwrap();
+            let chain = CertificateDer::from_pem_file(pki.pem(&format!("{who}.crt"))).unwrap();
+            let key = PrivateKeyDer::from_pem_file(pki.pem(&format!("{who}.key"))).unwrap();
             config.with_client_auth_cert(vec![chain], key).unwrap()
         }
     };
@@ -60,14 +69,25 @@ fn associate(node: &Node, who: Option<&str>) -> io::Result<Option<Pdu>> {
 
 #[test]
 fn only_peers_with_a_certificate_of_the_authority_are_served() {
-    let node = Node::start(&settings("node"));
-    let accepted = associate(&node, Some("peer")).unwrap();
+    let pki = Pki::new();
+    let node = Node::start(&pki.settings("node"));
+    let accepted = associate(&pki, &node, Some("peer")).unwrap();
     assert!(
         matches!(accepted, Some(Pdu::AssociationAC(_))),
         "{accepted:?}"
     );
-    assert!(associate(&node, None).is_err());
-    assert!(associate(&node, Some("stranger")).is_err());
+    assert!(associate(&pki, &node, None).is_err());
+    assert!(associate(&pki, &node, Some("stranger")).is_err());
+    assert!(associate(&pki, &node, Some("expired")).is_err());
+    // What the operator reads says why.
+    for why in ["no certificates", "bad signature", "certificate expired"] {
+        let why = why.to_lowercase();
+        let is_said = |line: &String| {
+            let line = line.to_lowercase();
+            line.contains("tls:") && (line.contains(&why) || line.contains(&why.replace(' ', "")))
+        };
+        assert!(node.log().iter().any(is_said), "{why} in {:#?}", node.log());
+    }
     let mut plain = connect(node.dicom);
     plain
         .write_all(&encode(&request(
@@ -83,14 +103,15 @@ fn only_peers_with_a_certificate_of_the_authority_are_served() {
 
 #[test]
 fn certificates_are_read_again_and_faulty_ones_change_nothing() {
-    let node = Node::start(&settings("node"));
-    node.reload(&settings("stranger"));
-    let refused = associate(&node, Some("peer"));
+    let pki = Pki::new();
+    let node = Node::start(&pki.settings("node"));
+    node.reload(&pki.settings("stranger"));
+    let refused = associate(&pki, &node, Some("peer"));
     assert!(refused.is_err(), "the node shows a stranger's certificate");
     node.reload("[tls]\ncertificate = \"missing\"\nkey = \"missing\"\nclient_ca = \"missing\"\n");
     node.wait_for_log("configuration not reloaded");
-    node.reload(&settings("node"));
-    let accepted = associate(&node, Some("peer")).unwrap();
+    node.reload(&pki.settings("node"));
+    let accepted = associate(&pki, &node, Some("peer")).unwrap();
     assert!(matches!(accepted, Some(Pdu::AssociationAC(_))));
 }
 
@@ -98,7 +119,11 @@ fn certificates_are_read_again_and_faulty_ones_change_nothing() {
 fn unusable_certificate_is_a_fault_of_the_configuration() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("edge.toml");
-    std::fs::write(&config, settings("node").replace("node.key", "ca.crt")).unwrap();
+    std::fs::write(
+        &config,
+        Pki::new().settings("node").replace("node.key", "ca.crt"),
+    )
+    .unwrap();
     let checked = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
         .args(["check", "--config"])
         .arg(&config)
@@ -106,4 +131,85 @@ fn unusable_certificate_is_a_fault_of_the_configuration() {
         .unwrap();
     assert_eq!(checked.status.code(), Some(78));
     assert!(String::from_utf8_lossy(&checked.stderr).contains("[tls]"));
+}
+
+/// Runs `edge` with a configuration. Out: its exit code, and what it printed.
+fn edge(config: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+    let done = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
+        .args(arguments)
+        .arg("--config")
+        .arg(config)
+        .output()
+        .unwrap();
+    let printed = [done.stdout, done.stderr].concat();
+    (
+        done.status.code(),
+        String::from_utf8_lossy(&printed).into_owned(),
+    )
+}
+
+#[test]
+fn studies_pings_and_the_doctor_speak_tls_with_the_node() {
+    let pki = Pki::new();
+    let node = Node::start(&pki.settings("node"));
+    // The node's configuration with the ports that it was given.
+    let text = std::fs::read_to_string(node.folder.path().join("edge.toml")).unwrap();
+    let page = node.wait_for_log("\"http_address\":\"");
+    let page = page.split("\"http_address\":\"").nth(1).unwrap();
+    let page = page.split('"').next().unwrap();
+    let port = node.dicom.port();
+    let text = text
+        .replace("dicom_port = 0", &format!("dicom_port = {port}"))
+        .replace("127.0.0.1:0", page);
+    let config = node.folder.path().join("known.toml");
+    let pacs =
+        format!("[pacs]\nae_title = \"PEEDGE\"\nhost = \"localhost\"\nport = {port}\ntls = true\n");
+    std::fs::write(&config, format!("{text}{pacs}")).unwrap();
+    let peer = format!("PEEDGE@127.0.0.1:{port}");
+    assert_eq!(edge(&config, &["ping", &peer, "--tls"]).0, Some(0));
+    assert_eq!(edge(&config, &["ping"]).0, Some(0), "the PACS over TLS");
+    let (code, printed) = edge(&config, &["ping", &peer, "--timeout", "3"]);
+    assert_eq!(code, Some(69), "plain: {printed}");
+    let (_, printed) = edge(&config, &["doctor"]);
+    for check in ["DICOM port", "PACS"] {
+        let is_good = |line: &str| line.starts_with("ok") && line.contains(check);
+        assert!(printed.lines().any(is_good), "{check} in {printed}");
+    }
+    // A whole study by C-STORE over mutual TLS.
+    let slices = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
+        .args(["demo", "--slices", "3", "--config"])
+        .arg(&config)
+        .output()
+        .unwrap();
+    assert_eq!(slices.status.code(), Some(0), "{slices:?}");
+    assert_eq!(node.spooled().len(), 3);
+    // Another's certificate is refused by the client, too.
+    let text = std::fs::read_to_string(&config).unwrap();
+    let wrong = text
+        .replace("node.crt", "stranger.crt")
+        .replace("node.key", "stranger.key");
+    std::fs::write(&config, wrong).unwrap();
+    let (code, printed) = edge(&config, &["ping", &peer, "--tls"]);
+    assert_eq!(code, Some(69), "{printed}");
+}
+
+#[test]
+fn a_peer_that_opens_tls_and_drips_is_ended() {
+    let pki = Pki::new();
+    let settings = format!(
+        "{}[limits]\nrequest_timeout_s = 0.5\n",
+        pki.settings("node")
+    );
+    let node = Node::start(&settings);
+    let mut dripping = connect(node.dicom);
+    // The head of a TLS record with a ClientHello, then a byte now and then.
+    for byte in [0x16_u8, 3, 1, 2, 0, 1].iter().chain([0; 60].iter()) {
+        if dripping.write_all(&[*byte]).is_err() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    node.wait_for_log("PDU not complete after 500ms");
+    let accepted = associate(&pki, &node, Some("peer")).unwrap();
+    assert!(matches!(accepted, Some(Pdu::AssociationAC(_))));
 }

@@ -22,6 +22,8 @@ pub(crate) mod identity;
 pub(crate) mod letter;
 pub(crate) mod node;
 pub(crate) mod outbox;
+#[cfg(test)]
+mod over_tls;
 pub(crate) mod pacs;
 #[cfg(test)]
 pub(crate) mod sample;

@@ -10,6 +10,8 @@
     reason = "a step that fails fails its test"
 )]
 
+pub mod certificates;
+
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
