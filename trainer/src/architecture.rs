@@ -287,6 +287,24 @@ pub fn find(name: &str) -> Option<&'static Architecture> {
     ARCHITECTURES.iter().find(|row| row.name == name)
 }
 
+/// The greatest width factor.
+const MAX_WIDTH: f64 = 4.0;
+
+/// Whether a width factor can be used: above 0 and at most 4.
+#[must_use]
+pub fn is_width(width: f64) -> bool {
+    width > 0.0 && width <= MAX_WIDTH
+}
+
+/// A width factor of the command line.
+///
+/// # Errors
+/// A text that is no number above 0 and at most 4.
+pub fn parse_width(text: &str) -> Result<f64, String> {
+    let width = text.parse().ok().filter(|width| is_width(*width));
+    width.ok_or_else(|| format!("expected a factor above 0 and at most {MAX_WIDTH}"))
+}
+
 /// Units of one layer at a width factor: `units * width` rounded to the nearest integer (half away from zero), at
 /// least [`MIN_UNITS`].
 #[must_use]
@@ -325,6 +343,22 @@ pub fn pooled_side(side: usize, n_convolutions: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_width_is_above_0_and_at_most_4() {
+        for (text, expected) in [
+            ("0.125", Some(0.125)),
+            ("4", Some(4.0)),
+            ("0", None),
+            ("-1", None),
+            ("4.1", None),
+            ("NaN", None),
+            ("inf", None),
+            ("wide", None),
+        ] {
+            assert_eq!(parse_width(text).ok(), expected, "{text}");
+        }
+    }
 
     #[test]
     fn rows_stand_in_order_under_their_names() {

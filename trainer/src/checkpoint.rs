@@ -4,12 +4,12 @@
 //! end of each epoch and when the run is stopped. What is not in it follows from the seed and the position: the order
 //! of the slices is drawn anew from (seed, epoch).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::network::{Parameter, to_safetensors};
@@ -18,7 +18,7 @@ use crate::operators::optimiser::Moments;
 /// The file's name in a run folder.
 pub const FILE_NAME: &str = "checkpoint.safetensors";
 /// Version of the file's contents; a reader refuses any other.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// Writes `bytes` to a file beside `path`, flushes it to the disk and renames it: after a crash `path` holds the old
 /// bytes or the new ones.
@@ -66,7 +66,10 @@ pub struct Position {
     pub best_epoch: u32,
 }
 
-/// Writes the checkpoint of a run. `fingerprint` is what must be equal for the run to continue.
+/// What must be equal for a run to continue: options and digests of the data, by name.
+pub type Fingerprint = BTreeMap<String, String>;
+
+/// Writes the checkpoint of a run.
 ///
 /// # Errors
 /// When a tensor cannot be read or the file cannot be written.
@@ -75,7 +78,7 @@ pub fn save(
     parameters: &[Parameter],
     moments: &[Moments],
     position: &Position,
-    fingerprint: &str,
+    fingerprint: &Fingerprint,
 ) -> anyhow::Result<()> {
     let mut parts = Vec::new();
     for (index, parameter) in parameters.iter().enumerate() {
@@ -103,7 +106,10 @@ pub fn save(
     }
     let metadata = BTreeMap::from([
         ("version".to_owned(), VERSION.to_owned()),
-        ("fingerprint".to_owned(), fingerprint.to_owned()),
+        (
+            "fingerprint".to_owned(),
+            serde_json::to_string(fingerprint)?,
+        ),
         ("step".to_owned(), position.step.to_string()),
         ("epoch".to_owned(), position.epoch.to_string()),
         (
@@ -134,7 +140,7 @@ pub fn save(
 pub fn load(
     folder: &Path,
     parameters: &[Parameter],
-    fingerprint: &str,
+    fingerprint: &Fingerprint,
 ) -> anyhow::Result<Option<(Vec<Moments>, Position)>> {
     let path = folder.join(FILE_NAME);
     let bytes = match fs::read(&path) {
@@ -150,7 +156,7 @@ pub fn load(
 fn read(
     bytes: &[u8],
     parameters: &[Parameter],
-    fingerprint: &str,
+    fingerprint: &Fingerprint,
 ) -> anyhow::Result<(Vec<Moments>, Position)> {
     let (_, header) = SafeTensors::read_metadata(bytes)?;
     let metadata = header.metadata().clone().unwrap_or_default();
@@ -164,12 +170,13 @@ fn read(
         "version {} is not {VERSION}",
         field("version")?
     );
-    if field("fingerprint")? != fingerprint {
-        bail!(
-            "the run was started as `{}`, not as `{fingerprint}`",
-            field("fingerprint")?
-        );
-    }
+    let started: Fingerprint = serde_json::from_str(field("fingerprint")?)?;
+    let differences = differences(&started, fingerprint);
+    ensure!(
+        differences.is_empty(),
+        "the run was started with {}; continue it so, or choose another folder",
+        differences.join(", with ")
+    );
     let file = SafeTensors::deserialize(bytes)?;
     let values = |name: &str, shape: &[usize]| -> anyhow::Result<Vec<f32>> {
         let view = file.tensor(name)?;
@@ -211,4 +218,21 @@ fn read(
         best_epoch: field("best_epoch")?.parse()?,
     };
     Ok((moments, position))
+}
+
+/// Each entry in which two fingerprints differ: `seed 5, not 6`.
+fn differences(started: &Fingerprint, asked: &Fingerprint) -> Vec<String> {
+    let names: BTreeSet<&String> = started.keys().chain(asked.keys()).collect();
+    let shown = |of: &Fingerprint, name| of.get(name).map_or("nothing", |v| v).to_owned();
+    names
+        .into_iter()
+        .filter(|name| started.get(*name) != asked.get(*name))
+        .map(|name| {
+            format!(
+                "{name} {}, not {}",
+                shown(started, name),
+                shown(asked, name)
+            )
+        })
+        .collect()
 }

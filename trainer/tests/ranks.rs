@@ -4,43 +4,15 @@
     reason = "a test stops at the first fault; its helpers too"
 )]
 
+mod program;
+
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
+use program::{PATIENCE, done, prepared, trainer};
 use trainer::export::read_weights;
-
-/// Longest wait for a file of another process.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn trainer(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
-    command
-        .args(arguments)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] {
-        command.env_remove(name);
-    }
-    command.env("RAYON_NUM_THREADS", "1");
-    command
-}
-
-#[track_caller]
-fn done(mut command: Command) {
-    let output = command.output().unwrap();
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{message}");
-}
-
-fn prepared(folder: &Path) -> String {
-    let cache = folder.join("cache").to_str().unwrap().to_owned();
-    let source = "prepare --phantom 16 --slices 6 --matrix 64 --seed 4 --out";
-    let arguments: Vec<&str> = source.split(' ').chain([cache.as_str()]).collect();
-    done(trainer(&arguments));
-    cache
-}
 
 /// Plain SGD, where a difference in rounding stays one: Adam's first steps have the size of the rate whatever the gradient's.
 fn arguments<'a>(cache: &'a str, epochs: &'a str, out: &'a str) -> Vec<&'a str> {
@@ -88,7 +60,7 @@ fn difference(a: &str, b: &str) -> f32 {
 #[test]
 fn two_ranks_equal_one_with_the_same_batch() {
     let folder = tempfile::tempdir().unwrap();
-    let cache = prepared(folder.path());
+    let cache = prepared(folder.path(), "16");
     let [one, two] =
         ["one", "two"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
     done(trainer(&arguments(&cache, "3", &one)));
@@ -117,7 +89,7 @@ fn two_ranks_equal_one_with_the_same_batch() {
 #[test]
 fn a_run_that_lost_a_rank_says_so_and_goes_on_with_another_number() {
     let folder = tempfile::tempdir().unwrap();
-    let cache = prepared(folder.path());
+    let cache = prepared(folder.path(), "16");
     let [whole, broken] =
         ["whole", "broken"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
     let epochs = "20";

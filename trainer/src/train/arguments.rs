@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::{DEFAULT_BATCH, Schedule, TrainOptions};
+use crate::architecture::parse_width;
 use crate::batches::{Augmentation, Sampling};
 use crate::split::SplitBy;
 
@@ -19,7 +20,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "NAME", default_value = "final")]
     pub model: String,
     /// Factor on the units of every convolution and hidden dense layer
-    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = parse_width)]
     pub width: f64,
     /// Passes over the training part [default: the architecture's]
     #[arg(long, value_name = "N")]

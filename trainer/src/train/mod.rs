@@ -24,7 +24,8 @@ use serde::{Deserialize, Serialize};
 use shared::{CHANNELS, SIDE};
 
 pub use self::arguments::TrainArgs;
-use self::plan::{Plan, checked, fingerprint};
+pub use self::plan::checked;
+use self::plan::{Plan, fingerprint};
 use self::run::{Run, Watch};
 use crate::batches::{Augmentation, Batch, Sampling, for_each_batch, read_batch};
 use crate::cache::Cache;
@@ -129,6 +130,16 @@ impl Default for TrainOptions {
     }
 }
 
+/// A step whose loss is not finite ended the run.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("step {step}: the loss is {loss}; try a smaller learning rate")]
+pub struct Diverged {
+    /// The step, from 1.
+    pub step: u64,
+    /// Its loss.
+    pub loss: f32,
+}
+
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunSummary {
@@ -146,8 +157,10 @@ pub struct RunSummary {
     pub epochs: u32,
     /// Steps done.
     pub steps: u64,
-    /// Mean loss of the last epoch.
-    pub loss: f64,
+    /// Mean loss of the last epoch; absent where no step was ever done.
+    pub loss: Option<f64>,
+    /// Images that this process trained on; 0 where the run was finished before.
+    pub n_images: u64,
     /// Loss on the validation part after the last epoch; absent without validation slices.
     pub val_loss: Option<f64>,
     /// Share of validation slices classified rightly at probability 0.5.
@@ -194,12 +207,19 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
             epochs,
             steps,
             loss,
+            n_images,
             images_per_second,
             ..
         } = &summary;
+        let loss = loss.map_or_else(|| "no loss yet".into(), |loss| format!("loss {loss:.4}"));
+        let speed = if *n_images > 0 {
+            format!("{images_per_second:.1} images/s")
+        } else {
+            "nothing was left to train".into()
+        };
         writeln!(
             stdout,
-            "{model} at width {width}: {epochs} epochs, {steps} steps, loss {loss:.4}, {images_per_second:.1} images/s"
+            "{model} at width {width}: {epochs} epochs, {steps} steps, {loss}, {speed}"
         )?;
         if let (Some(loss), Some(accuracy)) = (summary.val_loss, summary.val_accuracy) {
             writeln!(stdout, "validation: loss {loss:.4}, accuracy {accuracy:.4}")?;
@@ -294,7 +314,7 @@ pub fn train_in(
         fingerprint: fingerprint(options, cache)?,
         watch: Watch::default(),
         validation: None,
-        last_loss: f64::NAN,
+        last_loss: None,
     };
     run.start(place)?;
     let is_stopped = run.epochs(stop)?;

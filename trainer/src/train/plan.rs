@@ -1,14 +1,13 @@
 //! What a run does, fixed before it starts: checked options, the slices, the steps and the learning rate.
 
-use std::fs;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::{Schedule, TrainOptions};
 use crate::architecture::{self, Architecture, Family, OptimiserKind};
 use crate::backbone::backbone;
 use crate::batches::{Sample, read_order};
-use crate::cache::Cache;
+use crate::cache::{Cache, file_digest};
+use crate::checkpoint::Fingerprint;
 use crate::exit::{Exit, fault};
 use crate::index::Part;
 
@@ -20,7 +19,11 @@ const ADAM_RATE: f64 = 0.001;
 const FINAL_SHARE: f64 = 0.01;
 const STEP_SHARE: f64 = 0.1;
 
-pub(super) fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
+/// The architecture of options that can be trained with.
+///
+/// # Errors
+/// No such system, one without weights to train, an option out of range.
+pub fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
     let usage = |message: String| fault(Exit::Usage, message);
     let architecture = architecture::find(&options.model).ok_or_else(|| {
         let names: Vec<&str> = architecture::ARCHITECTURES
@@ -43,7 +46,7 @@ pub(super) fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
             architecture.name, backbone.weights_name
         )));
     }
-    if !(options.width > 0.0 && options.width <= 4.0) {
+    if !architecture::is_width(options.width) {
         return Err(usage(format!(
             "width {} is not above 0 and at most 4",
             options.width
@@ -70,24 +73,22 @@ pub(super) fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
     Ok(architecture)
 }
 
-/// What must be equal for a run to continue.
-pub(super) fn fingerprint(options: &TrainOptions, cache: &Cache) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    for path in [&options.init, &options.order].into_iter().flatten() {
-        hasher.update(&fs::read(path).with_context(|| format!("reading {}", path.display()))?);
-    }
-    let without_paths = TrainOptions {
-        init: None,
-        order: None,
-        ..options.clone()
+/// What must be equal for a run to continue: every option, with the contents of files in place of their paths, and the data.
+pub(super) fn fingerprint(options: &TrainOptions, cache: &Cache) -> Result<Fingerprint> {
+    let serde_json::Value::Object(options_by_name) = serde_json::to_value(options)? else {
+        bail!("options are a table");
     };
-    let files = hasher.finalize().to_hex();
-    Ok(format!(
-        "data {} files {} {}",
-        &cache.digest()[..16],
-        &files[..16],
-        serde_json::to_string(&without_paths)?
-    ))
+    let mut fingerprint: Fingerprint = options_by_name
+        .into_iter()
+        .map(|(name, value)| (name, value.to_string()))
+        .collect();
+    fingerprint.insert("data".to_owned(), cache.digest());
+    for (name, path) in [("init", &options.init), ("order", &options.order)] {
+        if let Some(path) = path {
+            fingerprint.insert(name.to_owned(), file_digest(path)?);
+        }
+    }
+    Ok(fingerprint)
 }
 
 /// What a run does, fixed before it starts.

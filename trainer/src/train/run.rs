@@ -6,16 +6,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
 use super::plan::Plan;
 use super::progress::Progress;
 use super::step::Step;
-use super::{BEST_FILE, RunSummary, TrainOptions, WEIGHTS_FILE, judge, logits};
+use super::{BEST_FILE, Diverged, RunSummary, TrainOptions, WEIGHTS_FILE, judge, logits};
 use crate::batches::{augment, for_each_batch};
 use crate::cache::Cache;
-use crate::checkpoint::{self, Position, write_atomically};
+use crate::checkpoint::{self, Fingerprint, Position, write_atomically};
 use crate::features::Features;
 use crate::network::Network;
 use crate::operators::optimiser::Moments;
@@ -50,12 +50,12 @@ pub(super) struct Run<'a> {
     pub(super) is_stop_agreed: bool,
     pub(super) moments: Vec<Moments>,
     pub(super) position: Position,
-    pub(super) fingerprint: String,
+    pub(super) fingerprint: Fingerprint,
     pub(super) watch: Watch,
     /// Loss and accuracy on the validation part.
     pub(super) validation: Option<(f64, f64)>,
-    /// Mean loss of the last whole epoch.
-    pub(super) last_loss: f64,
+    /// Mean loss of the last whole epoch, of an earlier process too.
+    pub(super) last_loss: Option<f64>,
     /// Of a frozen backbone.
     pub(super) features: Option<Features>,
 }
@@ -77,23 +77,26 @@ impl Run<'_> {
                 self.out.display()
             );
         }
-        let common = format!("{} {:?}", self.fingerprint, self.position);
+        let common = format!("{:?} {:?}", self.fingerprint, self.position);
         self.ranks = Ranks::meet(place, &common)?;
         self.spread_weights()?;
         if !self.ranks.is_root() {
             return Ok(());
         }
         write_atomically(&self.out.join("config.toml"), config.as_bytes())?;
+        let epochs = self.out.join("epochs.csv");
         keep_rows(
             &self.out.join("history.csv"),
             "step,epoch,loss",
             self.position.step,
         )?;
         keep_rows(
-            &self.out.join("epochs.csv"),
+            &epochs,
             "epoch,loss,val_loss,val_accuracy,learning_rate,images_per_second,seconds",
             u64::from(self.position.epoch),
-        )
+        )?;
+        self.last_loss = last_loss(&epochs);
+        Ok(())
     }
 
     /// Gives every rank the weights of rank 0, so that they are the same bits though CPUs may differ.
@@ -207,11 +210,10 @@ impl Run<'_> {
                 let weighted = f64::from(loss) * n_images as f64;
                 self.position.loss_sum += weighted;
                 self.position.n_images += n_images;
-                ensure!(
-                    loss.is_finite(),
-                    "step {}: the loss is {loss}; try a smaller learning rate",
-                    self.position.step
-                );
+                if !loss.is_finite() {
+                    let step = self.position.step;
+                    return Err(Diverged { step, loss }.into());
+                }
                 if let Some(history) = &mut history {
                     writeln!(history, "{},{},{loss}", self.position.step, epoch + 1)
                         .context("writing history.csv")?;
@@ -246,7 +248,7 @@ impl Run<'_> {
     fn end_epoch(&mut self, elapsed: Duration) -> Result<()> {
         let n_steps = usize::try_from(self.position.step_in_epoch).context("steps of an epoch")?;
         let rate = self.rate(n_steps);
-        self.last_loss = self.mean_loss();
+        self.last_loss = Some(self.mean_loss());
         self.validation = self.validate()?;
         self.position = Position {
             epoch: self.position.epoch + 1,
@@ -275,7 +277,7 @@ impl Run<'_> {
             epochs,
             "{},{},{val_loss},{val_accuracy},{rate},{:.2},{:.1}",
             self.position.epoch,
-            self.last_loss,
+            self.last_loss.unwrap_or(f64::NAN),
             self.watch.images_per_second(),
             elapsed.as_secs_f64()
         )
@@ -354,10 +356,11 @@ impl Run<'_> {
             epochs: self.position.epoch,
             steps: self.position.step,
             loss: if self.position.n_images > 0 {
-                self.mean_loss()
+                Some(self.mean_loss())
             } else {
                 self.last_loss
             },
+            n_images: self.watch.n_images,
             val_loss: self.validation.map(|(loss, _)| loss),
             val_accuracy: self.validation.map(|(_, accuracy)| accuracy),
             images_per_second: self.watch.images_per_second(),
@@ -384,6 +387,13 @@ fn keep_rows(path: &Path, header: &str, last: u64) -> Result<()> {
         }
     }
     write_atomically(path, kept.as_bytes()).with_context(|| format!("writing {}", path.display()))
+}
+
+/// The mean loss of the last epoch in `epochs.csv`.
+fn last_loss(epochs: &Path) -> Option<f64> {
+    let text = fs::read_to_string(epochs).ok()?;
+    let last = text.lines().skip(1).last()?;
+    last.split(',').nth(1)?.parse().ok()
 }
 
 pub(super) fn append(path: &Path) -> Result<fs::File> {

@@ -129,9 +129,15 @@ fn stopped_run_continues_to_the_same_weights_and_tables() {
     assert!(weights(&whole) == weights(&parts));
     let history = |run: &Path| fs::read_to_string(run.join("history.csv")).unwrap();
     assert_eq!(history(&whole), history(&parts));
+    let resumed_once = resumed.clone();
     let other = TrainOptions { seed: 6, ..resumed };
     let message = format!("{:#}", train(&other, &cache, &parts).unwrap_err());
-    assert!(message.contains("was started as"), "{message}");
+    assert!(message.contains("started with seed 5, not 6;"), "{message}");
+    let again = train(&resumed_once, &cache, &parts).unwrap();
+    let last = fs::read_to_string(parts.join("epochs.csv")).unwrap();
+    let last = last.lines().last().unwrap().split(',').nth(1).unwrap();
+    assert_eq!(again.loss, last.parse().ok());
+    assert_eq!((again.n_images, again.steps), (0, 6));
 }
 
 #[test]

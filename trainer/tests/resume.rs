@@ -1,0 +1,60 @@
+//! A run that is killed with SIGKILL, optimiser state and all, goes on to the weights of one that was not.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at the first fault; its helpers too"
+)]
+
+mod program;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use program::{PATIENCE, done, prepared, trainer};
+
+const EPOCHS: &str = "20";
+
+/// Adam, a schedule, augmentation, class weights: all that a run carries from step to step.
+fn arguments<'a>(cache: &'a str, out: &'a str) -> Vec<&'a str> {
+    let options = "train --model final --width 0.01 --batch 5 --shift 2 --flip --schedule cosine --class-weights --sampling all";
+    options
+        .split(' ')
+        .chain(["--data", cache, "--epochs", EPOCHS, "--out", out])
+        .collect()
+}
+
+fn n_lines(path: &Path) -> usize {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().count()
+}
+
+#[test]
+fn a_run_killed_by_sigkill_goes_on_to_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let cache = prepared(folder.path(), "16");
+    let (whole, killed) = (path("whole"), path("killed"));
+    done(trainer(&arguments(&cache, &whole)));
+    let mut resumed = arguments(&cache, &killed);
+    resumed.push("--resume");
+    // Killed twice: in a first process, and in one that was itself resumed.
+    for n_epochs in [2, 5] {
+        let mut child = trainer(&resumed).spawn().unwrap();
+        let begin = Instant::now();
+        while n_lines(&Path::new(&killed).join("epochs.csv")) <= n_epochs {
+            assert!(begin.elapsed() < PATIENCE, "no epoch was trained");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "it ended before the kill");
+    }
+    assert!(!Path::new(&killed).join("model.safetensors").exists());
+    done(trainer(&resumed));
+    let read = |run: &str, name: &str| std::fs::read(Path::new(run).join(name)).unwrap();
+    for name in ["model.safetensors", "checkpoint.safetensors", "history.csv"] {
+        assert!(read(&whole, name) == read(&killed, name), "{name}");
+    }
+    // What is finished stays so, and says so.
+    let said = done(trainer(&resumed));
+    assert!(said.contains("nothing was left to train"), "{said}");
+    assert!(!said.contains("NaN"), "{said}");
+}
