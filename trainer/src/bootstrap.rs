@@ -2,24 +2,66 @@
 //!
 //! Slices of one study resemble each other; drawing slices would make intervals too narrow. So whole studies are drawn
 //! with replacement (Efron and Tibshirani 1993, chapter 6; percentile interval), seeded, and every figure is computed anew.
+//!
+//! The bootstrap cannot know what it never saw: one study drawn again and again gives an interval of no width. So a figure that rests on one
+//! study has no interval, and where all n studies agree the bound is the exact one of n trials without a failure.
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::metrics::{N_MEASURES, Sorted};
 
 /// Draws of an interval.
 pub const RESAMPLES: u64 = 1000;
+/// Fewest studies that an interval can rest on.
+const MIN_STUDIES: usize = 2;
+/// What a 95 % interval leaves out on either side.
+const TAIL: f64 = 0.025;
 
-/// A figure with its 95 % interval; NaN is written as null.
+/// A figure with its 95 % interval; NaN (undefined, or unknown for too few studies) is written as null.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// The figure on the data as they are.
+    #[serde(deserialize_with = "nan_for_null")]
     pub value: f64,
     /// 2.5th percentile of the resampled figure.
+    #[serde(deserialize_with = "nan_for_null")]
     pub low: f64,
     /// 97.5th percentile of the resampled figure.
+    #[serde(deserialize_with = "nan_for_null")]
     pub high: f64,
+}
+
+fn nan_for_null<'a, D: Deserializer<'a>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+impl Interval {
+    /// The same where `n_studies` carry the figure: with fewer than two its interval is unknown.
+    #[must_use]
+    pub fn resting_on(self, n_studies: usize) -> Self {
+        if n_studies >= MIN_STUDIES {
+            return self;
+        }
+        Self {
+            low: f64::NAN,
+            high: f64::NAN,
+            ..self
+        }
+    }
+
+    /// The same of a share that is 0 or 1 in every draw: from the other end `0.025^(1/n)`, the exact bound of n trials without a failure
+    /// (Clopper and Pearson 1934). A study counts as one trial, for its slices resemble each other.
+    fn not_certain(mut self, n_studies: usize) -> Self {
+        let without_failure = TAIL.powf(1.0 / n_studies as f64);
+        if self.low >= 1.0 {
+            self.low = without_failure;
+        }
+        if self.high <= 0.0 {
+            self.high = 1.0 - without_failure;
+        }
+        self
+    }
 }
 
 /// Every figure of `sorted` at `threshold` with its interval, in the order of [`crate::metrics::NAMES`].
@@ -41,8 +83,11 @@ pub fn intervals(sorted: &Sorted, threshold: f32, seed: u64) -> [Interval; N_MEA
         })
         .collect();
     let values = sorted.measure(threshold).values;
+    let carriers = sorted.carriers(threshold);
     std::array::from_fn(|k| {
-        percentile_interval(values[k], draws.iter().map(|draw| draw[k]).collect())
+        let draws = draws.iter().map(|draw| draw[k]).collect();
+        let interval = percentile_interval(values[k], draws);
+        interval.resting_on(carriers[k]).not_certain(carriers[k])
     })
 }
 
@@ -120,6 +165,52 @@ mod tests {
             intervals(&sorted(20), 0.0, 1)[0],
         );
         assert!(((once.high - once.low) - (often.high - often.low)).abs() < 1e-12);
+    }
+
+    fn of(samples: &[(f32, bool, usize)]) -> [Interval; N_MEASURES] {
+        let sample = |&(logit, pe_present, study)| Sample {
+            logit,
+            pe_present,
+            study,
+        };
+        intervals(&Sorted::new(samples.iter().map(sample).collect()), 0.0, 1)
+    }
+
+    #[test]
+    fn one_study_gives_a_figure_without_interval() {
+        // The only embolus is of study 0; slices without one are of three studies, of which study 2 is called positive.
+        let found = of(&[
+            (1.0, true, 0),
+            (-1.0, true, 0),
+            (-2.0, false, 0),
+            (-3.0, false, 1),
+            (0.5, false, 2),
+        ]);
+        let [auroc, _, sensitivity, specificity, ..] = found;
+        assert!((sensitivity.value - 0.5).abs() < 1e-12);
+        assert!(sensitivity.low.is_nan() && sensitivity.high.is_nan());
+        assert!(auroc.value > 0.5 && auroc.low.is_nan());
+        assert!(specificity.low < specificity.value && specificity.value < specificity.high);
+        let json = serde_json::to_string(&sensitivity).unwrap();
+        assert_eq!(json, r#"{"value":0.5,"low":null,"high":null}"#);
+        let read: Interval = serde_json::from_str(&json).unwrap();
+        assert!(read.low.is_nan() && read.high.is_nan());
+    }
+
+    #[test]
+    fn studies_that_all_agree_are_not_certain() {
+        let all_right: Vec<_> = (0..20)
+            .map(|study| (if study < 5 { 1.0 } else { -1.0 }, study < 5, study))
+            .collect();
+        let [auroc, _, sensitivity, specificity, ..] = of(&all_right);
+        // 0.025^(1/5), 0.025^(1/15): five and fifteen trials without a failure.
+        for (found, low) in [(auroc, 0.478), (sensitivity, 0.478), (specificity, 0.782)] {
+            assert!((found.low - low).abs() < 1e-3, "{found:?}");
+            assert!(found.value >= 1.0 && found.high >= 1.0);
+        }
+        let all_wrong: Vec<_> = all_right.iter().map(|s| (-s.0, s.1, s.2)).collect();
+        let sensitivity = of(&all_wrong)[2];
+        assert!(sensitivity.low <= 0.0 && (sensitivity.high - 0.522).abs() < 1e-3);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! In: a cache and names of systems. Out: a run folder for each, and `compare.md` and `compare.json`. Each system is trained on the same data and
 //! judged on the same balanced sample of the test part at probability 0.5, as the publication judges. A killed comparison goes on where it was: finished
-//! runs are read, the interrupted one is resumed.
+//! runs are read, the interrupted one is resumed. `compare.toml` says what the folder's rows have in common; a call with other settings is refused,
+//! and one with other systems adds its rows to those that are finished.
 //!
 //! The publication's positive class is *no PE*: its column index 0 of the folders `no_pe`, `pe_present`. So its recall is printed here in both
 //! readings: as printed, and as what it is for embolus, the specificity. Here positive always means PE present.
@@ -12,26 +13,28 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use shared::RESEARCH_USE;
 
-use crate::architecture::{ARCHITECTURES, Architecture, Family, Published};
+use crate::architecture::{self, ARCHITECTURES, Architecture, Family, Published};
 use crate::backbone::backbone;
 use crate::bootstrap::{Interval, intervals};
-use crate::cache::{Cache, write_atomically};
+use crate::cache::{Cache, file_digest, write_atomically};
 use crate::evaluate;
 use crate::exit::{Exit, fault};
 use crate::index::Part;
 use crate::metrics::{NAMES, Sample, Sorted};
 use crate::predict::Predictor;
 use crate::split::{self, Split, SplitBy};
-use crate::train::{self, TrainOptions};
+use crate::train::{self, Diverged, TrainOptions};
 
 /// Of the images that the publication drew for training and validation, the share it trained on.
 const TRAINED_SHARE: f64 = 0.8;
 const RESULT_FILE: &str = "compared.json";
+const CONFIG_FILE: &str = "compare.toml";
 
 /// Arguments of `trainer compare`.
 #[derive(Clone, Debug, clap::Args)]
@@ -46,7 +49,7 @@ pub struct CompareArgs {
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub models: Vec<String>,
     /// Factor on the units of every convolution and hidden dense layer
-    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = architecture::parse_width)]
     pub width: f64,
     /// Passes over the training part; the publication's where absent
     #[arg(long, value_name = "N")]
@@ -72,13 +75,28 @@ pub struct CompareArgs {
     pub json: bool,
 }
 
+/// What all rows of a folder have in common.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Config {
+    /// Digest of the cache.
+    data: String,
+    width: f64,
+    /// The publication's where absent.
+    epochs: Option<u32>,
+    batch: usize,
+    seed: u64,
+    split: SplitBy,
+    /// Whether the transfer learners begin with ImageNet's weights.
+    imagenet: bool,
+}
+
 /// One row of the table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Compared {
-    /// What must be equal for a finished row to be taken as it is.
-    work: String,
     name: String,
-    /// Figures by name; empty where the system could not be trained.
+    /// Digest of the ImageNet weights that it began with.
+    imagenet: Option<String>,
+    /// Figures by name; empty where training failed.
     figures: BTreeMap<String, Interval>,
     /// Why there are none.
     reason: Option<String>,
@@ -87,20 +105,31 @@ struct Compared {
 /// Runs the command.
 ///
 /// # Errors
-/// A name that is none, a cache that cannot be used, a folder that cannot be written.
+/// A name that is none, options out of range, a cache that cannot be used, a folder that cannot be written or holds another comparison.
 pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     let systems = systems(&args.models)?;
+    for system in systems.iter().filter(|s| s.family != Family::Majority) {
+        train::checked(&options(args, system))?;
+        if let Some(missing) = imagenet_file(args, system).filter(|file| !file.exists()) {
+            let name = system.name;
+            let message = format!("{} is not there; {name} begins with it", missing.display());
+            return Err(fault(Exit::Usage, message));
+        }
+    }
     let cache = Cache::open(&args.data)?;
     cache.check_digests()?;
+    claim(&args.out, &config(args, &cache))?;
     let stop = crate::interrupt::watch().context("waiting for Ctrl-C")?;
-    let mut rows = Vec::new();
     for system in systems {
-        let Some(row) = compare_one(args, &cache, system, stop)? else {
+        if !is_finished(args, &cache, system, stop)? {
             let mut stdout = std::io::stdout().lock();
             writeln!(stdout, "stopped; the same command continues")?;
             return Ok(ExitCode::SUCCESS);
-        };
-        rows.push((system, row));
+        }
+    }
+    let mut rows = Vec::new();
+    for system in ARCHITECTURES {
+        rows.extend(row(&args.out, system)?.map(|row| (system, row)));
     }
     let text = table(args, &cache, &rows);
     write_atomically(&args.out.join("compare.md"), text.as_bytes())?;
@@ -117,86 +146,127 @@ fn systems(names: &[String]) -> Result<Vec<&'static Architecture>> {
         return Ok(ARCHITECTURES.iter().collect());
     }
     let find = |name: &String| {
-        crate::architecture::find(name)
-            .ok_or_else(|| fault(Exit::Usage, format!("no model {name:?}")))
+        architecture::find(name).ok_or_else(|| fault(Exit::Usage, format!("no model {name:?}")))
     };
     names.iter().map(find).collect()
 }
 
-/// A row: read where it is finished, else trained; `None` where the user stopped it.
-fn compare_one(
-    args: &CompareArgs,
-    cache: &Cache,
-    system: &'static Architecture,
-    stop: &std::sync::atomic::AtomicBool,
-) -> Result<Option<Compared>> {
-    let folder = args.out.join(system.name);
-    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let work = format!(
-        "data {} width {} epochs {:?} batch {} seed {} split {:?} imagenet {:?}",
-        cache.digest(),
-        args.width,
-        args.epochs,
-        args.batch,
-        args.seed,
-        args.split,
-        args.imagenet
-    );
-    let finished = folder.join(RESULT_FILE);
-    if let Ok(text) = std::fs::read_to_string(&finished)
-        && let Ok(row) = serde_json::from_str::<Compared>(&text)
-        && row.work == work
-    {
-        return Ok(Some(row));
-    }
-    let row = |mut figures: BTreeMap<String, Interval>, reason: Option<String>| {
-        // An undefined figure would be null in JSON and not come back.
-        figures.retain(|_, found| {
-            [found.value, found.low, found.high]
-                .iter()
-                .all(|x| x.is_finite())
-        });
-        Compared {
-            work: work.clone(),
-            name: system.name.to_owned(),
-            figures,
-            reason,
-        }
-    };
-    let row = if system.family == Family::Majority {
-        row(majority(args, cache), None)
-    } else {
-        match train_one(args, cache, system, &folder, stop) {
-            Ok(None) => return Ok(None),
-            Ok(Some(figures)) => row(figures, None),
-            // A system that this build or this folder cannot train is a row with a reason; the others go on.
-            Err(error) => return Ok(Some(row(BTreeMap::new(), Some(format!("{error:#}"))))),
-        }
-    };
-    write_atomically(&finished, serde_json::to_string_pretty(&row)?.as_bytes())?;
-    Ok(Some(row))
+/// Where ImageNet's weights of a transfer learner lie.
+fn imagenet_file(args: &CompareArgs, system: &Architecture) -> Option<PathBuf> {
+    let backbone = backbone(system.family, 1.0)?;
+    let folder = args.imagenet.as_ref()?;
+    Some(folder.join(format!("{}.safetensors", backbone.weights_name)))
 }
 
-fn train_one(
+fn config(args: &CompareArgs, cache: &Cache) -> Config {
+    Config {
+        data: cache.digest(),
+        width: args.width,
+        epochs: args.epochs,
+        batch: args.batch,
+        seed: args.seed,
+        split: args.split,
+        imagenet: args.imagenet.is_some(),
+    }
+}
+
+/// Makes the folder one of this comparison, or finds that it is.
+fn claim(out: &Path, config: &Config) -> Result<()> {
+    let path = out.join(CONFIG_FILE);
+    let text = toml::to_string(config)?;
+    match std::fs::read_to_string(&path) {
+        Ok(found) if found == text => Ok(()),
+        Ok(found) => Err(fault(
+            Exit::CannotWrite,
+            format!(
+                "{} holds a comparison with other settings ({}); give them again, or another --out",
+                out.display(),
+                other_lines(&found, &text)
+            ),
+        )),
+        Err(_) => {
+            std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+            write_atomically(&path, text.as_bytes())
+        }
+    }
+}
+
+/// The lines that are not in the other text.
+fn other_lines(found: &str, wanted: &str) -> String {
+    let others = found
+        .lines()
+        .filter(|line| !wanted.lines().any(|w| w == *line));
+    others.collect::<Vec<_>>().join(", ")
+}
+
+/// A system's row, where it is finished.
+fn row(out: &Path, system: &Architecture) -> Result<Option<Compared>> {
+    let path = out.join(system.name).join(RESULT_FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let context = || format!("reading {}", path.display());
+    let text = std::fs::read_to_string(&path).with_context(context)?;
+    serde_json::from_str(&text).with_context(context)
+}
+
+/// Makes a system's row where it is not there; false where the user stopped it.
+fn is_finished(
     args: &CompareArgs,
     cache: &Cache,
     system: &'static Architecture,
-    folder: &Path,
-    stop: &std::sync::atomic::AtomicBool,
-) -> Result<Option<BTreeMap<String, Interval>>> {
+    stop: &AtomicBool,
+) -> Result<bool> {
+    let folder = args.out.join(system.name);
+    let imagenet = imagenet_file(args, system);
+    let imagenet = imagenet.as_deref().map(file_digest).transpose()?;
+    if let Some(row) = row(&args.out, system)? {
+        return if row.imagenet == imagenet {
+            Ok(true)
+        } else {
+            Err(fault(
+                Exit::CannotWrite,
+                format!(
+                    "{} began with other ImageNet weights; give another --out",
+                    folder.display()
+                ),
+            ))
+        };
+    }
+    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    let (figures, reason) = if system.family == Family::Majority {
+        (majority(args, cache), None)
+    } else {
+        match train_one(args, cache, system, &folder, stop) {
+            Ok(None) => return Ok(false),
+            Ok(Some(figures)) => (figures, None),
+            // A row without figures, which the same command would find again; any other fault ends the comparison.
+            Err(error) if error.is::<Diverged>() => (BTreeMap::new(), Some(format!("{error:#}"))),
+            Err(error) => return Err(error.context(system.name)),
+        }
+    };
+    let row = Compared {
+        name: system.name.to_owned(),
+        imagenet,
+        figures,
+        reason,
+    };
+    write_atomically(
+        &folder.join(RESULT_FILE),
+        serde_json::to_string_pretty(&row)?.as_bytes(),
+    )?;
+    Ok(true)
+}
+
+fn options(args: &CompareArgs, system: &Architecture) -> TrainOptions {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "a share of at most 5,000 images"
     )]
     let n_images = (f64::from(system.n_images) * TRAINED_SHARE) as usize;
-    let init = match (backbone(system.family, 1.0), &args.imagenet) {
-        (Some(backbone), Some(folder)) => {
-            Some(folder.join(format!("{}.safetensors", backbone.weights_name)))
-        }
-        _ => None,
-    };
-    let options = TrainOptions {
+    let init = imagenet_file(args, system);
+    TrainOptions {
         model: system.name.to_owned(),
         width: if init.is_some() { 1.0 } else { args.width },
         random_init: init.is_none(),
@@ -208,8 +278,17 @@ fn train_one(
         images: (n_images > 0).then_some(n_images),
         resume: true,
         ..TrainOptions::default()
-    };
-    let summary = train::train_until(&options, cache, folder, stop)?;
+    }
+}
+
+fn train_one(
+    args: &CompareArgs,
+    cache: &Cache,
+    system: &'static Architecture,
+    folder: &Path,
+    stop: &AtomicBool,
+) -> Result<Option<BTreeMap<String, Interval>>> {
+    let summary = train::train_until(&options(args, system), cache, folder, stop)?;
     if summary.is_stopped {
         return Ok(None);
     }
@@ -219,7 +298,8 @@ fn train_one(
         seed: args.seed,
     };
     let evaluation = evaluate::evaluate(&mut predictor, cache, Part::Test, split, args.seed)?;
-    evaluate::write_all(&evaluation, cache, None, folder)?;
+    evaluate::write_all(&evaluation, cache, None, folder, folder)?;
+    evaluate::write_manifest(&summary.weights, &evaluation, cache, folder)?;
     let mut figures: BTreeMap<String, Interval> = evaluation
         .slice_balanced_half
         .values
@@ -248,8 +328,21 @@ fn majority(args: &CompareArgs, cache: &Cache) -> BTreeMap<String, Interval> {
         })
         .collect();
     let figures = intervals(&Sorted::new(samples), 0.0, args.seed);
-    let names = NAMES.into_iter().map(str::to_owned);
-    names.zip(figures).collect()
+    let known = ["sensitivity", "specificity", "f1", "auroc"];
+    let named = NAMES.into_iter().zip(figures).map(|(name, figure)| {
+        // These follow from the answer alone, whatever studies there are.
+        let figure = if known.contains(&name) {
+            Interval {
+                low: figure.value,
+                high: figure.value,
+                ..figure
+            }
+        } else {
+            figure
+        };
+        (name.to_owned(), figure)
+    });
+    named.collect()
 }
 
 /// The recall of the class that the publication does not call positive, from its accuracy a, recall r and precision p: with n negatives for each
@@ -357,11 +450,86 @@ mod tests {
 
     #[test]
     fn recall_of_the_other_class_follows_from_the_printed_figures() {
-        let published = |name| crate::architecture::find(name).unwrap().published.unwrap();
+        let published = |name| architecture::find(name).unwrap().published.unwrap();
         // Of the confusion matrix 2207 / 283 / 137 / 2373.
         let found = other_recall(&published("final"));
         assert!((found - 2207.0 / 2490.0).abs() < 0.005, "{found}");
         assert!(other_recall(&published("baseline")).is_nan());
+    }
+
+    fn args(folder: &Path, models: &[&str]) -> CompareArgs {
+        CompareArgs {
+            data: folder.join("cache"),
+            models: models.iter().map(|&name| name.to_owned()).collect(),
+            width: 0.001,
+            epochs: Some(1),
+            batch: 16,
+            seed: 1,
+            split: SplitBy::Study,
+            imagenet: None,
+            out: folder.join("compare"),
+            json: false,
+        }
+    }
+
+    fn prepared() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let source = crate::source::Source::phantom(24, 4, 6, 64, false);
+        let spec = shared::spec::PreprocessSpec::default();
+        let out = folder.path().join("cache");
+        crate::prepare::prepare(&source, &spec, 4, None, &out).unwrap();
+        folder
+    }
+
+    fn names_in_table(folder: &Path) -> Vec<String> {
+        let text = std::fs::read_to_string(folder.join("compare/compare.json")).unwrap();
+        let rows: Vec<Compared> = serde_json::from_str(&text).unwrap();
+        rows.into_iter().map(|row| row.name).collect()
+    }
+
+    #[test]
+    fn another_call_adds_its_rows_and_one_with_other_settings_is_refused() {
+        let folder = prepared();
+        let folder = folder.path();
+        run(&args(folder, &["vanilla", "baseline"])).unwrap();
+        assert_eq!(names_in_table(folder), ["baseline", "vanilla"]);
+        let weights = folder.join("compare/vanilla/model.safetensors");
+        let before = std::fs::read(&weights).unwrap();
+        run(&args(folder, &["final"])).unwrap();
+        assert_eq!(names_in_table(folder), ["baseline", "vanilla", "final"]);
+        let other = CompareArgs {
+            seed: 2,
+            ..args(folder, &["vanilla"])
+        };
+        let error = run(&other).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
+        assert!(error.to_string().contains("seed = 1"), "{error}");
+        assert_eq!(names_in_table(folder), ["baseline", "vanilla", "final"]);
+        assert!(std::fs::read(&weights).unwrap() == before);
+    }
+
+    #[test]
+    fn wrong_options_are_an_error_and_no_row() {
+        let folder = prepared();
+        let folder = folder.path();
+        for wrong in [
+            CompareArgs {
+                batch: 0,
+                ..args(folder, &["vanilla"])
+            },
+            CompareArgs {
+                width: 0.0,
+                ..args(folder, &["vanilla"])
+            },
+            CompareArgs {
+                imagenet: Some(folder.join("none")),
+                ..args(folder, &["resnet50"])
+            },
+        ] {
+            let error = run(&wrong).unwrap_err();
+            assert_eq!(crate::exit::code_of(&error), Exit::Usage, "{error:#}");
+            assert!(!folder.join("compare").exists());
+        }
     }
 
     #[test]

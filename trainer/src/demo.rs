@@ -55,7 +55,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 24)]
     pub slices: u32,
     /// Width of the network
-    #[arg(long, value_name = "F", default_value_t = 0.0625)]
+    #[arg(long, value_name = "F", default_value_t = 0.0625, value_parser = architecture::parse_width)]
     pub width: f64,
     /// Passes over the training part
     #[arg(long, value_name = "N", default_value_t = 5)]
@@ -94,7 +94,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     tell("5/6 evaluate the int8 file and write the report");
     let mut int8 = Predictor::open(&files.int8)?;
     let evaluation = evaluate::evaluate(&mut int8, &cache, Part::Test, split, args.seed)?;
-    evaluate::write_all(&evaluation, &cache, int8.manifest(), out)?;
+    evaluate::write_all(&evaluation, &cache, int8.manifest(), out, out)?;
     tell("6/6 classify with the int8 file");
     let study = held_out_study(args)?;
     let mut text = String::from("\nheld-out synthetic study (with embolus):\n");

@@ -25,12 +25,13 @@ use shared::spec::PreprocessSpec;
 
 use crate::architecture::{self, Architecture, Family, pooled_side};
 use crate::backbone::{Backbone, Layer, Node, Source, Window, backbone};
-use crate::cache::write_atomically;
+use crate::cache::{file_digest, write_atomically};
 use crate::exit::{Exit, fault};
 use crate::network::{Network, NetworkError};
 use crate::onnx::{
     self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
+use crate::provenance;
 
 /// Name of the input, u8 `[N, 3, 256, 256]`.
 pub const IMAGE: &str = "image";
@@ -83,6 +84,12 @@ pub enum ExportError {
         found: Vec<usize>,
         /// The shape that the architecture asks for.
         expected: Vec<usize>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("{name} holds a value that is not finite")]
+    NotFinite {
+        /// Name of the weight.
+        name: String,
     },
     /// The file cannot be encoded.
     #[error(transparent)]
@@ -155,6 +162,11 @@ fn checked<'a>(
             name: name.to_owned(),
             found: weight.shape.clone(),
             expected: expected.to_vec(),
+        });
+    }
+    if !weight.values.iter().all(|value| value.is_finite()) {
+        return Err(ExportError::NotFinite {
+            name: name.to_owned(),
         });
     }
     Ok(&weight.values)
@@ -563,7 +575,7 @@ pub struct ExportArgs {
     #[arg(long, conflicts_with = "run")]
     pub model: Option<String>,
     /// Factor on the units of every convolution and hidden dense layer of the random weights.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = architecture::parse_width)]
     pub width: f64,
     /// Seed of the random weights.
     #[arg(long, default_value_t = 1)]
@@ -601,12 +613,13 @@ pub struct ExportReport {
 pub fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let (architecture, width, weights, manifest) = match (&args.run, &args.model) {
         (Some(run), _) => {
-            let (architecture, width, weights) = read_weights(&run.join("model.safetensors"))?;
+            let file = run.join("model.safetensors");
+            let (architecture, width, weights) = read_weights(&file)?;
             (
                 architecture,
                 width,
                 weights,
-                run_manifest(run, architecture, width)?,
+                run_manifest(run, &file, architecture, width)?,
             )
         }
         (None, model) => {
@@ -766,14 +779,36 @@ pub fn new_manifest(architecture: &Architecture, width: f64) -> Manifest {
     }
 }
 
-fn run_manifest(run: &Path, architecture: &Architecture, width: f64) -> anyhow::Result<Manifest> {
+/// The manifest that `trainer evaluate` left in the run folder, where it is of these weights; where there is none, one that says how the weights
+/// came about and claims nothing else.
+fn run_manifest(
+    run: &Path,
+    weights: &Path,
+    architecture: &Architecture,
+    width: f64,
+) -> anyhow::Result<Manifest> {
     let path = run.join("manifest.json");
     if !path.exists() {
-        return Ok(new_manifest(architecture, width));
+        let mut manifest = new_manifest(architecture, width);
+        provenance::tell(
+            &Network::load(weights, &Device::Cpu)?.provenance,
+            &mut manifest,
+        )?;
+        return Ok(manifest);
     }
     let text =
         std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    Manifest::from_json(&text).with_context(|| format!("reading {}", path.display()))
+    let manifest =
+        Manifest::from_json(&text).with_context(|| format!("reading {}", path.display()))?;
+    let digest = file_digest(weights)?;
+    ensure!(
+        manifest.tools.get(provenance::WEIGHTS) == Some(&digest),
+        "{} is not of {}: its figures and thresholds are another model's; evaluate these weights (`trainer evaluate --model {}`) or remove it",
+        path.display(),
+        weights.display(),
+        weights.display()
+    );
+    Ok(manifest)
 }
 
 /// Writes a file whole or not at all.
@@ -839,6 +874,64 @@ mod tests {
                 let model = float_model(architecture, 0.01, &weights.unwrap()).unwrap();
                 assert_eq!(model.graph().unwrap().output[0].name, LOGIT);
             }
+        }
+    }
+
+    /// A run folder with random weights.
+    fn run_of(folder: &Path, name: &str, seed: u64) -> PathBuf {
+        let run = folder.join(name);
+        std::fs::create_dir(&run).unwrap();
+        let architecture = architecture::find("vanilla").unwrap();
+        let mut network = Network::new(architecture, 0.01, seed, &Device::Cpu).unwrap();
+        network.provenance = BTreeMap::from([("split".to_owned(), "image".to_owned())]);
+        network.save(&run.join("model.safetensors")).unwrap();
+        run
+    }
+
+    fn manifest_of(run: &Path) -> anyhow::Result<Manifest> {
+        let architecture = architecture::find("vanilla").unwrap();
+        run_manifest(run, &run.join("model.safetensors"), architecture, 0.01)
+    }
+
+    #[test]
+    fn the_manifest_of_another_run_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (own, other) = (
+            run_of(folder.path(), "own", 1),
+            run_of(folder.path(), "other", 2),
+        );
+        let mut manifest = manifest_of(&own).unwrap();
+        assert_eq!(manifest.tools["split"], "image");
+        let digest = file_digest(&own.join("model.safetensors")).unwrap();
+        manifest
+            .tools
+            .insert(provenance::WEIGHTS.to_owned(), digest);
+        for run in [&own, &other] {
+            std::fs::write(run.join("manifest.json"), manifest.to_json()).unwrap();
+        }
+        assert_eq!(manifest_of(&own).unwrap(), manifest);
+        let error = manifest_of(&other).unwrap_err().to_string();
+        assert!(
+            error.contains("is not of") && error.contains("trainer evaluate"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_are_neither_exported_nor_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = run_of(folder.path(), "run", 1);
+        let path = run.join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let end = bytes.len();
+        for bad in [f32::NAN, f32::INFINITY] {
+            bytes[end - 4..].copy_from_slice(&bad.to_le_bytes());
+            std::fs::write(&path, &bytes).unwrap();
+            let (architecture, width, weights) = read_weights(&path).unwrap();
+            let error = float_model(architecture, width, &weights).unwrap_err();
+            assert!(matches!(error, ExportError::NotFinite { .. }), "{error}");
+            let error = Network::load(&path, &Device::Cpu).unwrap_err().to_string();
+            assert!(error.contains("not finite"), "{error}");
         }
     }
 

@@ -3,6 +3,8 @@
 //! Every figure is computed from weighted samples in one pass over them in order of falling logit, so that the bootstrap
 //! ([`crate::bootstrap`]) can call it a thousand times with other weights. Undefined figures (no positive sample, say) are NaN.
 
+use std::collections::HashSet;
+
 use shared::probability::sigmoid;
 
 /// One classified slice or study.
@@ -122,6 +124,27 @@ impl Sorted {
             calibration.expected_error(),
         ];
         Measures { values, confusion }
+    }
+
+    /// How many studies each figure of [`NAMES`] rests on: those with a sample that counts in its denominator, and for the areas under the
+    /// curves the fewer of those with and without an embolus.
+    #[must_use]
+    pub fn carriers(&self, threshold: f32) -> [usize; N_MEASURES] {
+        let count = |counts: &dyn Fn(&Sample) -> bool| {
+            let studies = self.0.iter().filter(|sample| counts(sample));
+            studies
+                .map(|sample| sample.study)
+                .collect::<HashSet<_>>()
+                .len()
+        };
+        let is_called = |sample: &Sample| sample.logit >= threshold;
+        let (positive, negative) = (count(&|s| s.pe_present), count(&|s| !s.pe_present));
+        let (both, all) = (positive.min(negative), count(&|_| true));
+        let called = count(&is_called);
+        let either = count(&|s| s.pe_present || is_called(s));
+        [
+            both, both, positive, negative, called, all, either, all, all,
+        ]
     }
 
     /// The points of the ROC curve, `(1 - specificity, sensitivity)`, from (0, 0) to (1, 1).

@@ -22,6 +22,9 @@ pub fn text(evaluation: &Evaluation, manifest: Option<&Manifest>) -> String {
     if let Some(leak) = evaluation.leak {
         line(&format!("> {leak}\n"));
     }
+    for warning in &evaluation.warnings {
+        line(&format!("> Warning: {warning}.\n"));
+    }
     line("## Intended use\n");
     line(
         "Research on the triage of CT pulmonary angiographies: which study to look at first. It marks axial slices and studies; it does not",

@@ -297,6 +297,12 @@ impl Network {
                     variable.dims()
                 )));
             }
+            let mut values = view.data().as_chunks().0.iter();
+            let is_finite = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes).is_finite();
+            // A ReLU or a max pool turns NaN into a number again: no later stage would see it.
+            if !values.all(is_finite) {
+                return Err(fault(format!("`{name}` holds a value that is not finite")));
+            }
             variable.set(&Tensor::from_raw_buffer(
                 view.data(),
                 DType::F32,

@@ -5,6 +5,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use shared::RESEARCH_USE;
+
 use crate::evaluate::Evaluation;
 
 const WIDTH: f64 = 420.0;
@@ -54,6 +56,7 @@ impl Plane {
         let middle_x = (LEFT + WIDTH - RIGHT) / 2.0;
         let middle_y = (TOP + HEIGHT - BOTTOM) / 2.0;
         plane.push(&format!("<text x=\"{middle_x}\" y=\"{}\" text-anchor=\"middle\" fill=\"{INK}\">{x_label}</text>", HEIGHT - 8.0));
+        plane.push(&format!("<text x=\"{:.0}\" y=\"10\" text-anchor=\"end\" font-size=\"9\" fill=\"{INK}\">{RESEARCH_USE}</text>", WIDTH - RIGHT));
         plane.push(&format!("<text transform=\"translate(13 {middle_y}) rotate(-90)\" text-anchor=\"middle\" fill=\"{INK}\">{y_label}</text>"));
         plane
     }
@@ -359,4 +362,15 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_plane_carries_the_notice() {
+        let svg = Plane::new("ROC", "x", "y", UNIT, UNIT).finish();
+        assert!(svg.contains(&format!(">{RESEARCH_USE}</text>")), "{svg}");
+    }
 }

@@ -3,14 +3,16 @@
 //! In: what `train` knows. Out: entries of a weights file's metadata and of a model file's `tools`, from which `evaluate` takes the
 //! split, so that slices that were trained on are never measured on unawares. Files from before say nothing, and the caller decides.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use shared::manifest::{Manifest, TrainingData};
 
 use crate::cache::Cache;
 use crate::exit::{Exit, fault};
-use crate::split::{Split, SplitBy};
+use crate::index::Part;
+use crate::split::{self, Split, SplitBy};
 
 /// `study` or `image`.
 const SPLIT: &str = "split";
@@ -18,6 +20,10 @@ const SPLIT: &str = "split";
 const SPLIT_SEED: &str = "split_seed";
 /// Digest of the cache that was trained on.
 const DATA: &str = "data_digest";
+/// The same with kind and counts, as JSON.
+const TRAINING_DATA: &str = "training_data";
+/// BLAKE3 of the weights file that a manifest was written for.
+pub const WEIGHTS: &str = "weights_blake3";
 /// The preprocessing as JSON.
 const PREPROCESS: &str = "preprocess";
 
@@ -29,10 +35,30 @@ pub fn of_training(split: Split, cache: &Cache) -> Result<BTreeMap<String, Strin
     let mut entries = of_split(split);
     entries.insert(DATA.to_owned(), cache.digest());
     entries.insert(
+        TRAINING_DATA.to_owned(),
+        serde_json::to_string(&training_data(split, cache))?,
+    );
+    entries.insert(
         PREPROCESS.to_owned(),
         serde_json::to_string(&cache.manifest().preprocess)?,
     );
     Ok(entries)
+}
+
+/// The training part of `cache`.
+#[must_use]
+pub fn training_data(split: Split, cache: &Cache) -> TrainingData {
+    let trained = split::rows(cache, split.by, split.seed, Part::Train);
+    let studies: BTreeSet<&str> = trained
+        .iter()
+        .map(|&row| cache.rows()[row].study_uid.as_str())
+        .collect();
+    TrainingData {
+        kind: cache.manifest().kind,
+        digest: cache.digest(),
+        n_studies: studies.len() as u64,
+        n_slices: trained.len() as u64,
+    }
 }
 
 /// The split alone.
@@ -46,6 +72,25 @@ pub fn of_split(split: Split) -> BTreeMap<String, String> {
         (SPLIT.to_owned(), by.to_owned()),
         (SPLIT_SEED.to_owned(), split.seed.to_string()),
     ])
+}
+
+/// Says in a model's manifest what is known of its weights' training: preprocessing, data and split.
+///
+/// # Errors
+/// An entry cannot be read.
+pub fn tell(known: &BTreeMap<String, String>, manifest: &mut Manifest) -> Result<()> {
+    if let Some(preprocess) = known.get(PREPROCESS) {
+        manifest.preprocess =
+            serde_json::from_str(preprocess).context("the preprocessing of the weights")?;
+    }
+    if let Some(data) = known.get(TRAINING_DATA) {
+        manifest.training_data =
+            serde_json::from_str(data).context("the training data of the weights")?;
+    }
+    let split = [SPLIT, SPLIT_SEED].into_iter();
+    let split = split.filter_map(|key| Some((key.to_owned(), known.get(key)?.clone())));
+    manifest.tools.extend(split);
+    Ok(())
 }
 
 /// The split to measure with: the one the model was trained with, or `asked` where nothing is known of that.

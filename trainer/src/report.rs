@@ -21,6 +21,7 @@ h1{font-size:26px;margin:0}h2{font-size:18px;margin:34px 0 12px}
 p{margin:6px 0;max-width:80ch}.soft{color:var(--soft)}
 .notice{display:inline-block;margin-top:10px;padding:3px 12px;border-radius:99px;background:color-mix(in srgb,var(--b) 14%,transparent);color:var(--b);font-weight:600;font-size:13px}
 .leak{margin:14px 0;padding:12px 16px;border-left:4px solid var(--warn);background:color-mix(in srgb,var(--warn) 10%,transparent);font-weight:600}
+.warning{margin:14px 0;padding:12px 16px;border-left:4px solid var(--b);background:color-mix(in srgb,var(--b) 8%,transparent)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}
 .tile,.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
 .tile b{display:block;font-size:26px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
@@ -118,6 +119,7 @@ fn head(evaluation: &Evaluation) -> Markup {
         p class="soft" { (evaluation.data_source) " · part " (evaluation.part.name()) " · " (evaluation.slice.n_studies) " studies, " (evaluation.slice.n) " slices" }
         span class="notice" { (RESEARCH_USE) }
         @if let Some(leak) = evaluation.leak { div class="leak" { (leak) } }
+        @for warning in &evaluation.warnings { div class="warning" { (warning) } }
     }
 }
 
@@ -127,7 +129,10 @@ fn tiles(evaluation: &Evaluation) -> Markup {
             div class="tile" {
                 @if let Some(figure) = figures.values.get(key) {
                     b { (format!("{:.3}", figure.value)) }
-                    span { (name) br; (format!("{:.3} to {:.3}", figure.low, figure.high)) }
+                    span {
+                        (name) br;
+                        @if figure.low.is_nan() { "interval unknown" } @else { (format!("{:.3} to {:.3}", figure.low, figure.high)) }
+                    }
                 }
             }
         }

@@ -10,10 +10,9 @@ use crate::metrics::{Sample, Sorted};
 
 /// Misses of each kind that the report shows.
 const SHOWN_MISSES: usize = 4;
-/// Fewest studies of each outcome for a subgroup to have figures.
-const MIN_SUBGROUP_SLICES: usize = 5;
 
-/// For a label of embolus: its positive slices among all negative ones. For any other label and for makers: the slices of those exams.
+/// For a label of embolus: its positive slices among all negative ones. For any other label and for makers: the slices of those exams. Every label
+/// has a line, also where no slice has it.
 pub(super) fn subgroups(
     cache: &Cache,
     judged: &Judged,
@@ -29,7 +28,9 @@ pub(super) fn subgroups(
             .collect()
     };
     let mut groups = Vec::new();
-    for (index, name) in EXAM_LABELS.into_iter().enumerate() {
+    let has_labels = |row: &usize| cache.rows()[*row].exam_labels.is_some();
+    let is_labelled = judged.rows.iter().any(has_labels);
+    for (index, name) in EXAM_LABELS.into_iter().enumerate().filter(|_| is_labelled) {
         let has = |row: &crate::index::Row| row.exam_labels.is_some_and(|labels| labels[index]);
         let is_of_embolus = ![
             "negative_exam_for_pe",
@@ -45,14 +46,7 @@ pub(super) fn subgroups(
         } else {
             pick(&has)
         };
-        let n_of_group = if is_of_embolus {
-            samples.iter().filter(|sample| sample.pe_present).count()
-        } else {
-            samples.len()
-        };
-        if n_of_group >= MIN_SUBGROUP_SLICES {
-            groups.push((name.to_owned(), samples));
-        }
+        groups.push((name.to_owned(), samples));
     }
     let mut makers: Vec<&str> = judged
         .rows

@@ -45,7 +45,10 @@ pub(super) fn choose(cache: &Cache, validation: &Judged) -> Result<Chosen> {
     })
 }
 
-/// The temperature of least log loss, 0.05 to 20: golden-section search on its logarithm (Guo et al. 2017).
+/// Between these the temperature is searched.
+pub(super) const TEMPERATURES: (f64, f64) = (0.05, 20.0);
+
+/// The temperature of least log loss within [`TEMPERATURES`]: golden-section search on its logarithm (Guo et al. 2017).
 pub(super) fn temperature(samples: &[Sample]) -> f64 {
     let loss = |log_temperature: f64| -> f64 {
         let temperature = log_temperature.exp();
@@ -59,7 +62,7 @@ pub(super) fn temperature(samples: &[Sample]) -> f64 {
             .sum()
     };
     let ratio = (5.0_f64.sqrt() - 1.0) / 2.0;
-    let (mut low, mut high) = (0.05_f64.ln(), 20.0_f64.ln());
+    let (mut low, mut high) = (TEMPERATURES.0.ln(), TEMPERATURES.1.ln());
     for _ in 0..60 {
         let (a, b) = (high - ratio * (high - low), low + ratio * (high - low));
         if loss(a) < loss(b) {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use shared::manifest::{DataKind, Level, Metric, OperatingPoint};
 use shared::study::StudyRule;
 
-use super::RsnaLoss;
+use super::{Judged, RsnaLoss};
 use crate::bootstrap::Interval;
 use crate::index::Part;
 use crate::split::Split;
@@ -80,6 +80,8 @@ pub struct Evaluation {
     pub notice: &'static str,
     /// The leakage warning, where the split was by image.
     pub leak: Option<&'static str>,
+    /// What makes figures here say less than they seem to.
+    pub warnings: Vec<String>,
     /// Part the figures were measured on.
     pub part: Part,
     /// Level of the figures at the top.
@@ -132,6 +134,9 @@ pub struct Evaluation {
     /// Curves for the plots.
     #[serde(skip)]
     pub curves: Curves,
+    /// The logits, for the tables of predictions.
+    #[serde(skip)]
+    pub judged: Judged,
 }
 
 /// Points of the plots.

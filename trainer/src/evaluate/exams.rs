@@ -281,7 +281,7 @@ fn interval(exams: &[Exam], seed: u64) -> Interval {
             loss / total
         })
         .collect();
-    percentile_interval(weighted_log_loss(exams), draws)
+    percentile_interval(weighted_log_loss(exams), draws).resting_on(exams.len())
 }
 
 #[cfg(test)]

@@ -2,20 +2,22 @@
 //!
 //! In: a model and a cache. Everything that is chosen (thresholds for target sensitivities, the temperature, the study rule) is
 //! chosen on the validation part and then frozen; the figures come from the part asked for, with 95 % intervals by bootstrap over studies. Out: an
-//! [`Evaluation`], as `metrics.json`, `report.html`, plots and `model-card.md`. Positive means PE present.
+//! [`Evaluation`], as `metrics.json`, `report.html`, plots, tables of predictions and `model-card.md`. Positive means PE present.
 
 mod breakdown;
 mod choose;
 mod evaluation;
 mod exams;
+mod folder;
 mod measure;
+mod warnings;
 
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use shared::RESEARCH_USE;
 use shared::manifest::Level;
 
@@ -24,15 +26,16 @@ use self::choose::choose;
 pub use self::evaluation::{ControlFigure, Counts, Curves, Evaluation, Figures, Miss, Subgroup};
 pub use self::exams::RsnaLoss;
 use self::exams::rsna_loss;
+pub use self::folder::{complete, write_all, write_manifest};
 use self::measure::{false_positives, measure};
 use crate::bootstrap::Interval;
-use crate::cache::{Cache, write_atomically};
+use crate::cache::Cache;
 use crate::exit::{Exit, fault};
 use crate::index::Part;
 use crate::metrics::{NAMES, Sample};
 use crate::predict::Predictor;
 use crate::split::Split;
-use crate::{model_card, plots, provenance, report, split};
+use crate::{provenance, split};
 
 /// Sensitivities that operating points are chosen for; the first decides.
 pub const TARGET_SENSITIVITIES: [f64; 3] = [0.90, 0.95, 0.80];
@@ -58,7 +61,7 @@ pub struct EvaluateArgs {
     /// Seed of the bootstrap, the balanced sample and the shuffled control, and of a split by image where the model's file has none
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
-    /// Folder for metrics.json, report.html, plots and model-card.md; default: the model's folder
+    /// Folder for metrics.json, report.html, plots, predictions.csv, studies.csv and model-card.md; default: the model's folder
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Print metrics.json
@@ -67,10 +70,12 @@ pub struct EvaluateArgs {
 }
 
 /// Logits of one part.
-#[derive(Clone, Debug)]
-struct Judged {
-    rows: Vec<usize>,
-    logits: Vec<f32>,
+#[derive(Clone, Debug, Default)]
+pub struct Judged {
+    /// Rows of the cache.
+    pub rows: Vec<usize>,
+    /// The logit of each.
+    pub logits: Vec<f32>,
 }
 
 /// Runs the command.
@@ -82,15 +87,13 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
     let mut predictor = Predictor::open(&args.model)?;
     let split = provenance::split(predictor.provenance(), args.split, args.seed)?;
     let evaluation = evaluate(&mut predictor, &cache, args.part, split, args.seed)?;
-    let out = match (&args.out, args.model.parent()) {
-        (Some(out), _) => out.clone(),
-        (None, Some(folder)) => folder.to_owned(),
-        (None, None) => PathBuf::from("."),
-    };
-    write_all(&evaluation, &cache, predictor.manifest(), &out)?;
+    // The training curves lie beside the model, wherever the report goes.
+    let run = args.model.parent().unwrap_or(Path::new("."));
+    let out = args.out.as_deref().unwrap_or(run);
+    write_all(&evaluation, &cache, predictor.manifest(), run, out)?;
     let is_of_other_data = provenance::is_of_other_data(predictor.provenance(), &cache);
     if predictor.manifest().is_none() && !is_of_other_data {
-        write_manifest(&args.model, &evaluation, &cache, &out)?;
+        write_manifest(&args.model, &evaluation, &cache, out)?;
     }
     let mut stdout = std::io::stdout().lock();
     if args.json {
@@ -104,43 +107,6 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Writes `manifest.json` of a weights file into `out`: `trainer export --run` takes figures and operating points from there.
-fn write_manifest(
-    weights: &Path,
-    evaluation: &Evaluation,
-    cache: &Cache,
-    out: &Path,
-) -> Result<()> {
-    let (architecture, width, _) = crate::export::read_weights(weights)?;
-    let mut manifest = crate::export::new_manifest(architecture, width);
-    complete(&mut manifest, evaluation, cache);
-    let path = out.join("manifest.json");
-    write_atomically(&path, manifest.to_json().as_bytes())
-        .with_context(|| format!("writing {}", path.display()))
-}
-
-/// Writes `metrics.json`, `report.html`, the plots and `model-card.md` into `out`.
-///
-/// # Errors
-/// The folder cannot be written.
-pub fn write_all(
-    evaluation: &Evaluation,
-    cache: &Cache,
-    manifest: Option<&shared::manifest::Manifest>,
-    out: &Path,
-) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
-    let json = serde_json::to_string_pretty(evaluation)?;
-    write_atomically(&out.join("metrics.json"), json.as_bytes())?;
-    for (name, svg) in plots::all(evaluation) {
-        write_atomically(&out.join(name), svg.as_bytes())?;
-    }
-    let page = report::page(evaluation, cache, out)?;
-    write_atomically(&out.join("report.html"), page.as_bytes())?;
-    let card = model_card::text(evaluation, manifest);
-    write_atomically(&out.join("model-card.md"), card.as_bytes())
 }
 
 /// The headline figures as text.
@@ -174,16 +140,22 @@ pub fn table(evaluation: &Evaluation) -> String {
         text.push_str(leak);
         text.push('\n');
     }
+    for warning in &evaluation.warnings {
+        _ = writeln!(text, "warning: {warning}");
+    }
     text.push_str(RESEARCH_USE);
     text.push('\n');
     text
 }
 
-/// A figure with its interval: `0.912 [0.871, 0.944]`.
+/// A figure with its interval: `0.912 [0.871, 0.944]`; `0.912 [unknown]` where too few studies carry it.
 #[must_use]
 pub fn show(interval: &Interval) -> String {
     if interval.value.is_nan() {
         return "-".into();
+    }
+    if interval.low.is_nan() {
+        return format!("{:.3} [unknown]", interval.value);
     }
     format!(
         "{:.3} [{:.3}, {:.3}]",
@@ -252,6 +224,7 @@ pub fn evaluate(
         split,
         seed,
         trainer: env!("CARGO_PKG_VERSION"),
+        warnings: warnings::of(cache, &validation, &measured, &chosen),
         subgroups: subgroups(cache, &measured, chosen.threshold, seed),
         misses: misses(cache, &measured, chosen.temperature),
         false_positive_slices_per_negative_study: false_positives(
@@ -269,31 +242,8 @@ pub fn evaluate(
         controls,
         rsna_loss,
         curves,
+        judged: measured,
     })
-}
-
-/// Writes what was found into a model's manifest: data, figures, operating points, temperature and study rule.
-pub fn complete(manifest: &mut shared::manifest::Manifest, evaluation: &Evaluation, cache: &Cache) {
-    let trained = cache.rows().iter().filter(|row| row.part == Part::Train);
-    let mut studies: Vec<&str> = trained.clone().map(|row| row.study_uid.as_str()).collect();
-    studies.sort_unstable();
-    studies.dedup();
-    if evaluation.leak.is_some() {
-        manifest
-            .tools
-            .extend(provenance::of_split(evaluation.split));
-    }
-    manifest.preprocess = cache.manifest().preprocess.clone();
-    manifest.training_data = shared::manifest::TrainingData {
-        kind: cache.manifest().kind,
-        digest: cache.digest(),
-        n_studies: studies.len() as u64,
-        n_slices: trained.count() as u64,
-    };
-    manifest.metrics = evaluation.manifest_metrics();
-    manifest.operating_points = evaluation.operating_points.clone();
-    manifest.temperature = Some(evaluation.temperature);
-    manifest.study_rule = Some(evaluation.study_rule);
 }
 
 fn judge(predictor: &mut Predictor, cache: &Cache, rows: Vec<usize>) -> Result<Judged> {
