@@ -56,6 +56,7 @@ pub(crate) enum Reason {
 /// A file as it was last seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
+    inode: u64,
     bytes: u64,
     modified: Option<SystemTime>,
 }
@@ -81,6 +82,8 @@ enum Taken {
     Stored,
     Quarantined(Reason),
     NoRoom,
+    /// Somebody wrote to it while it was read.
+    Changed,
 }
 
 /// Takes files until the node stops. Runs on a thread of its own; follows the configuration when it changes.
@@ -209,7 +212,7 @@ impl Memory {
         if !is_closed && !self.is_settled(path, seen) {
             return;
         }
-        let taken = match take(intake, runtime, &mut file) {
+        let taken = match take(intake, runtime, &mut file, seen) {
             Ok(taken) => taken,
             Err(error) => {
                 tracing::warn!(%error, "file of the watched folder not taken; it is tried again");
@@ -217,10 +220,10 @@ impl Memory {
             }
         };
         let removed = match taken {
-            Taken::NoRoom => return,
+            Taken::NoRoom | Taken::Changed => return,
             Taken::Stored => {
                 intake.counters.files_taken.add();
-                std::fs::remove_file(path)
+                remove(path, seen)
             }
             Taken::Quarantined(reason) => {
                 intake.counters.files_quarantined.add();
@@ -270,15 +273,34 @@ fn open(path: &Path) -> Option<(Seen, File)> {
     if !metadata.is_file() || metadata.nlink() > 1 {
         return None;
     }
-    let seen = Seen {
-        bytes: metadata.len(),
-        modified: metadata.modified().ok(),
-    };
-    Some((seen, file))
+    Some((Seen::of(&metadata), file))
 }
 
-/// Copies a file to the spool.
-fn take(intake: &Intake, runtime: &Handle, file: &mut File) -> Result<Taken, SpoolError> {
+impl Seen {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
+}
+
+/// Removes a file that was taken, unless it is another one by now: that one comes next.
+fn remove(path: &Path, taken: Seen) -> io::Result<()> {
+    match open(path) {
+        Some((seen, _)) if seen != taken => Ok(()),
+        _ => std::fs::remove_file(path),
+    }
+}
+
+/// Copies a file to the spool, where it is still the one that was seen when its last byte is read.
+fn take(
+    intake: &Intake,
+    runtime: &Handle,
+    file: &mut File,
+    seen: Seen,
+) -> Result<Taken, SpoolError> {
     let mut chunk = vec![0; CHUNK_BYTES];
     let filled = fill(file, &mut chunk)?;
     let Some(meta) = part10::read_meta(&chunk[..filled]) else {
@@ -314,6 +336,9 @@ fn take(intake: &Intake, runtime: &Handle, file: &mut File) -> Result<Taken, Spo
             written => written?,
         }
         filled = fill(file, &mut chunk)?;
+    }
+    if Seen::of(&file.metadata()?) != seen {
+        return Ok(Taken::Changed);
     }
     runtime.block_on(entry.commit())?;
     Ok(Taken::Stored)
@@ -375,6 +400,7 @@ mod tests {
         let mut memory = Memory::default();
         let path = Path::new("a");
         let seen = |bytes| Seen {
+            inode: 1,
             bytes,
             modified: None,
         };
@@ -384,6 +410,25 @@ mod tests {
         *since = Instant::now().checked_sub(SETTLED).unwrap();
         assert!(memory.is_settled(path, seen(2)));
         assert!(!memory.is_settled(path, seen(3)));
+    }
+
+    #[test]
+    fn a_file_that_is_another_one_by_now_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, b"taken").unwrap();
+        let (taken, _) = open(&path).unwrap();
+        std::fs::write(&path, b"written since").unwrap();
+        remove(&path, taken).unwrap();
+        let next = folder.path().join("b");
+        std::fs::write(&next, b"taken").unwrap();
+        let (taken, _) = open(&next).unwrap();
+        std::fs::rename(&path, &next).unwrap();
+        remove(&next, taken).unwrap();
+        assert_eq!(std::fs::read(&next).unwrap(), b"written since");
+        let (taken, _) = open(&next).unwrap();
+        remove(&next, taken).unwrap();
+        assert!(!next.exists());
     }
 
     #[test]
