@@ -6,8 +6,10 @@ use std::sync::atomic::Ordering;
 use tokio::sync::oneshot;
 
 use super::record::{Header, Record};
-use super::writer::{Body, Pending, Work};
-use super::{BUFFER_STEP_BYTES, MAX_BUFFERED_BYTES, Shared, SpoolError, blocking};
+use super::writer::{Body, Pending, Stream, Work};
+use super::{
+    BUFFER_STEP_BYTES, MAX_BUFFERED_BYTES, STREAM_SYNC_BYTES, Shared, SpoolError, blocking,
+};
 
 /// An object that is being written. Dropped without a commit it leaves nothing behind.
 #[derive(Debug)]
@@ -52,6 +54,9 @@ impl Entry {
                 // A large object must not take the last room while it comes.
                 self.shared.room()?;
                 stream.append(bytes)?;
+                if stream.unsynced_bytes() >= STREAM_SYNC_BYTES {
+                    self.sync(&mut stream)?;
+                }
                 Body::Streamed(stream)
             }
         };
@@ -90,8 +95,7 @@ impl Entry {
     ) -> Result<Pending, SpoolError> {
         let mut body = self.body.take().ok_or(SpoolError::Closed)?;
         if let Body::Streamed(stream) = &mut body {
-            blocking(|| stream.sync())?;
-            self.shared.sync_calls.fetch_add(1, Ordering::Relaxed);
+            self.sync(stream)?;
         }
         let record = Record {
             header: std::mem::take(&mut self.header),
@@ -104,6 +108,11 @@ impl Entry {
             budget_bytes: std::mem::take(&mut self.budget_bytes),
             reply,
         })
+    }
+
+    fn sync(&self, stream: &mut Stream) -> Result<(), SpoolError> {
+        self.shared.sync_calls.fetch_add(1, Ordering::Relaxed);
+        Ok(blocking(|| stream.sync())?)
     }
 
     fn may_buffer(&mut self, bytes: usize) -> bool {

@@ -38,6 +38,8 @@ const BUFFER_BUDGET_BYTES: usize = 24 << 20;
 const BUFFER_STEP_BYTES: usize = 256 << 10;
 /// Bytes that are gathered before a streamed object is written.
 const STREAM_CHUNK_BYTES: usize = 256 << 10;
+/// Bytes of a streamed object that may be in the system's memory alone: whoever else waits for a sync may have to wait for them, too.
+const STREAM_SYNC_BYTES: u64 = 16 << 20;
 /// Most objects; the index stays under 32 MiB.
 const MAX_OBJECTS: usize = 1 << 18;
 /// How long a look at the file system's free space holds.

@@ -59,6 +59,8 @@ pub(super) struct Stream {
     is_adopted: bool,
     waiting: Vec<u8>,
     written_bytes: u64,
+    /// Of those, the bytes that are durable.
+    synced_bytes: u64,
 }
 
 impl Stream {
@@ -68,7 +70,13 @@ impl Stream {
             is_adopted: false,
             waiting: Vec::with_capacity(STREAM_CHUNK_BYTES),
             written_bytes: 0,
+            synced_bytes: 0,
         }
+    }
+
+    /// Bytes that a crash would lose.
+    pub(super) fn unsynced_bytes(&self) -> u64 {
+        self.written_bytes - self.synced_bytes
     }
 
     pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -84,10 +92,12 @@ impl Stream {
         Ok(())
     }
 
-    /// Makes the object durable; its block is not written yet.
+    /// Makes what was written durable; the block is not written yet.
     pub(super) fn sync(&mut self) -> io::Result<()> {
         self.flush()?;
-        self.segment.file.sync_data()
+        self.segment.file.sync_data()?;
+        self.synced_bytes = self.written_bytes;
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
