@@ -203,7 +203,7 @@ impl StudyResult {
         match &self.outcome {
             Outcome::Pending => format!("{n_analysed} of {n_slices} slices analysed so far"),
             Outcome::Positive if self.state == State::Complete => {
-                format!("suspected on {n_analysed} of {n_slices} slices analysed")
+                format!("suspected, {n_analysed} of {n_slices} slices analysed")
             }
             Outcome::Positive => {
                 format!("suspected, provisional: {n_analysed} of {n_slices} slices analysed so far")

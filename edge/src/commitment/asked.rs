@@ -15,8 +15,9 @@ use shared::uid::Uid;
 use tokio::sync::Notify;
 
 use super::message::{Transaction, failure};
+use crate::intake::clock::Ages;
 use crate::send::identity;
-use crate::send::outbox::{Channel, Document, Letter, OutboxError, parse, put, remove};
+use crate::send::outbox::{Channel, Document, Letter, OutboxError, json, parse, put, remove};
 
 /// Documents looked at in one go; the rest waits for the next.
 const MAX_PASS: usize = 64;
@@ -272,21 +273,29 @@ impl Asked {
         })
     }
 
-    /// Deletes what was enqueued before a time, whatever became of it.
+    /// Deletes what is too old, whatever became of it. What was enqueued while the clock was wrong counts from now.
     ///
     /// # Errors
     /// The medium fails.
-    pub(crate) fn forget(&self, before_ms: i64) -> Result<(), OutboxError> {
+    pub(crate) fn forget(&self, ages: Ages) -> Result<(), OutboxError> {
         let transaction = self.database.begin_write()?;
         for table in [WAITING, COMMITTED, FAILED] {
             let mut table = transaction.open_table(table)?;
-            let mut old = Vec::new();
+            let (mut old, mut restamped) = (Vec::new(), Vec::new());
             for entry in table.iter()? {
                 let (sequence, bytes) = entry?;
-                let wanted: Wanted = parse(bytes.value())?;
-                if wanted.enqueued_ms < before_ms {
-                    old.push((sequence.value(), wanted));
+                let mut wanted: Wanted = parse(bytes.value())?;
+                match ages.is_too_old(wanted.enqueued_ms) {
+                    Some(false) => {}
+                    Some(true) => old.push((sequence.value(), wanted)),
+                    None => {
+                        wanted.enqueued_ms = ages.now_ms;
+                        restamped.push((sequence.value(), json(&wanted)?));
+                    }
                 }
+            }
+            for (sequence, bytes) in restamped {
+                table.insert(sequence, bytes.as_slice())?;
             }
             let mut transactions = transaction.open_table(TRANSACTIONS)?;
             for (sequence, wanted) in old {

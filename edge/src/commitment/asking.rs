@@ -205,7 +205,7 @@ impl Asking {
                 Err(_) => return Ok(()),
             }
         }
-        association.release(way.patience.deadline).await;
+        association.release().await;
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use shared::uid::Uid;
 use tokio::sync::Notify;
 
 use super::message::{Reference, Transaction, failure};
-use crate::intake::retention::is_clock_trusted;
+use crate::intake::clock::{Ages, is_clock_trusted};
 use crate::intake::spool::Spool;
 use crate::send::outbox::{OutboxError, json, parse};
 
@@ -232,10 +232,8 @@ impl Promised {
     ///
     /// # Errors
     /// The medium fails.
-    pub(crate) fn forget(&self, now_ms: i64) -> Result<(), OutboxError> {
-        if !is_clock_trusted(now_ms) {
-            return Ok(());
-        }
+    pub(crate) fn forget(&self, ages: Ages) -> Result<(), OutboxError> {
+        let now_ms = ages.now_ms;
         let transaction = self.database.begin_write()?;
         transaction
             .open_table(PINS)?

@@ -14,7 +14,6 @@ use super::asking::on_disk;
 use super::message::Transaction;
 use super::promised::Promised;
 use super::{EVENT_REPORT, SOP_CLASS_UID, SOP_INSTANCE_UID};
-use crate::intake::unix_ms;
 use crate::send::association::{Association, AssociationError, Proposal};
 use crate::send::connection::Connection;
 use crate::send::data_set::{DataSet, Syntax};
@@ -78,15 +77,10 @@ impl Reporting {
     }
 
     async fn pass(&self) {
-        let forgotten = on_disk(&self.promised, |promised| promised.forget(unix_ms())).await;
-        let owed = match (forgotten, self.way()) {
-            (Ok(()), Some(way)) => on_disk(&self.promised, Promised::owed)
-                .await
-                .map(|owed| (owed, way)),
-            (Ok(()), None) => return,
-            (Err(error), _) => Err(error),
+        let Some(way) = self.way() else {
+            return;
         };
-        let (owed, way) = match owed {
+        let owed = match on_disk(&self.promised, Promised::owed).await {
             Ok(owed) => owed,
             Err(error) => {
                 tracing::error!(%error, "commitments cannot be read");
@@ -133,7 +127,7 @@ impl Reporting {
         let status = association
             .ask_status(SOP_CLASS_UID, command(report), &data, way.deadline)
             .await?;
-        association.release(way.deadline).await;
+        association.release().await;
         match status {
             0 => Ok(()),
             _ => Err(AssociationError::Protocol("the report was refused")),

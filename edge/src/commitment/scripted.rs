@@ -17,6 +17,7 @@ use super::asking::{Asking, MAX_REQUESTS, Way};
 use super::message::{Reference, Transaction};
 use super::promised::{Promised, Terms};
 use super::{ACTION, SOP_CLASS_UID, SOP_INSTANCE_UID, reporting};
+use crate::intake::clock::Ages;
 use crate::intake::spool::{Header, Spool, SpoolLimits};
 use crate::send::back_off::Patience;
 use crate::send::connection::Connection;
@@ -180,6 +181,9 @@ fn part(value_type: PDataValueType, data: Vec<u8>) -> Pdu {
     }
 }
 
+/// When it was enqueued.
+const ENQUEUED_MS: i64 = 1_790_000_000_000;
+
 /// A database with one document that the PACS has accepted, and how asking for it ended.
 fn asked() -> (tempfile::TempDir, Arc<Asked>, Arc<Mutex<Vec<End>>>) {
     let folder = tempfile::tempdir().unwrap();
@@ -200,7 +204,7 @@ fn asked() -> (tempfile::TempDir, Arc<Asked>, Arc<Mutex<Vec<End>>>) {
         key: uid("2.25.4"),
         study_uid: uid("2.25.1"),
         revision: 1,
-        enqueued_ms: 1000,
+        enqueued_ms: ENQUEUED_MS,
         document: Some(document.clone()),
         is_frozen: true,
         ended_ms: Some(2000),
@@ -324,7 +328,7 @@ fn a_late_report_mends_what_was_given_up_and_a_stranger_changes_nothing() {
     assert!(asked.reported(&report(&first, "2.25.3")).unwrap(), "again");
     assert_eq!(asked.counts().unwrap(), Counts::default());
     assert_eq!(*ends.lock().unwrap(), [End::NotCommitted, End::Committed]);
-    asked.forget(1001).unwrap();
+    asked.forget(Ages::before(ENQUEUED_MS + 1)).unwrap();
     assert!(!asked.reported(&report(&first, "2.25.3")).unwrap());
 }
 
@@ -385,9 +389,9 @@ fn pins_hold_over_a_restart_and_end_with_the_commitment() {
     let promised = Promised::open(database, Arc::clone(&spool)).unwrap();
     assert_eq!(spool.kept()[0].pinned_until_ms, NOW_MS + 60_000);
     assert_eq!(promised.owed().unwrap(), [("CT1".to_owned(), report)]);
-    promised.forget(NOW_MS + 59_999).unwrap();
+    promised.forget(Ages::before(NOW_MS + 58_999)).unwrap();
     assert_eq!(promised.owed().unwrap().len(), 1);
-    promised.forget(NOW_MS + 60_001).unwrap();
+    promised.forget(Ages::before(NOW_MS + 59_001)).unwrap();
     assert_eq!(promised.owed().unwrap(), []);
     assert_eq!(sequence, 1);
 }

@@ -2,10 +2,11 @@
 //!
 //! The stages in the order the data meets them: [`listener`] accepts connections ([`tls`] wraps them), [`wire`] frames PDUs under deadlines,
 //! [`admit`] says who may send and what, [`association`] speaks with one peer, [`dimse`] reads its commands, [`store`] takes an
-//! object ([`part10`] makes it a file) into the [`spool`]; files come by the [`watch_folder`]. [`retention`] deletes. Analysis reads the spool and never limits intake.
+//! object ([`part10`] makes it a file) into the [`spool`]; files come by the [`watch_folder`]. [`retention`] deletes, by a [`clock`] that is right. Analysis reads the spool and never limits intake.
 
 pub(crate) mod admit;
 mod association;
+pub(crate) mod clock;
 mod dimse;
 mod listener;
 pub(crate) mod part10;
@@ -45,6 +46,8 @@ pub(crate) struct Intake {
     pub(crate) commitments: Commitments,
     /// Who came.
     pub(crate) visitors: Arc<Visitors>,
+    /// By which things are too old.
+    pub(crate) clock: clock::Clock,
 }
 
 impl Intake {
@@ -63,6 +66,7 @@ impl Intake {
             tls,
             commitments,
             visitors: Arc::default(),
+            clock: clock::Clock::default(),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! In: what the spool keeps, the configured bounds and the clock. Out: objects purged and quarantined files removed. Two rules: what is older
 //! than the maximum age goes, analysed or not, as soon as the clock can be trusted; and when room gets short, what is finished goes, first
 //! what is never analysed, then the oldest. What is not finished never goes for lack of room: intake refuses instead. Databases and audit log
-//! keep the same maximum age by themselves ([`oldest_allowed_ms`]).
+//! keep the same maximum age by themselves ([`super::clock`]).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,58 +11,38 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use super::Intake;
+use super::clock::Ages;
 use super::spool::{Kept, Spool, SpoolError};
-use super::{Intake, unix_ms};
 use crate::config::Retention;
 
 /// How often room is looked at.
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 /// How often ages are looked at.
 const AGE_INTERVAL: Duration = Duration::from_secs(60);
-/// Before this time a clock was never set: 2025-01-01.
-const FIRST_TRUSTED_MS: i64 = 1_735_689_600_000;
-/// After this time it was set wrongly: 2100-01-01.
-const LAST_TRUSTED_MS: i64 = 4_102_444_800_000;
+/// Objects that are deleted in one turn of the spool's writer.
+const PURGED_AT_ONCE: usize = 32;
 /// Files of the quarantine that are looked at in one round.
 const MAX_QUARANTINE_FILES: usize = 10_000;
-
-/// Whether a time can be right. A board without a battery-backed clock starts in 1970; by such a clock nothing is deleted.
-pub(crate) fn is_clock_trusted(now_ms: i64) -> bool {
-    (FIRST_TRUSTED_MS..LAST_TRUSTED_MS).contains(&now_ms)
-}
-
-/// Objects that came before this time are too old; `None` while the clock cannot be trusted.
-pub(crate) fn oldest_allowed_ms(now_ms: i64, retention: &Retention) -> Option<i64> {
-    let max_age_ms = i64::try_from(retention.max_age.as_millis()).unwrap_or(i64::MAX);
-    is_clock_trusted(now_ms).then(|| now_ms.saturating_sub(max_age_ms))
-}
 
 /// Deletes what has to go, until the node stops.
 pub(crate) async fn run(intake: Arc<Intake>, mut stopping: watch::Receiver<bool>) {
     let mut ages_looked_at: Option<Instant> = None;
-    let mut trusted_since_ms = None;
     loop {
         let config = Arc::clone(&intake.config.borrow());
         let retention = &config.retention;
-        let now_ms = unix_ms();
-        if is_clock_trusted(now_ms) {
-            trusted_since_ms.get_or_insert(now_ms);
-        }
-        purge(
-            &intake.spool,
-            finished_for_room(&intake.spool, retention, now_ms),
-            "room",
-        )
-        .await;
+        let ages = intake.clock.ages(retention);
+        let finished = finished_for_room(&intake.spool, retention, ages);
+        purge(&intake.spool, finished, "room").await;
         if ages_looked_at.is_none_or(|at| at.elapsed() >= AGE_INTERVAL) {
             ages_looked_at = Some(Instant::now());
-            if let Some(oldest_ms) = oldest_allowed_ms(now_ms, retention) {
-                let since_ms = trusted_since_ms.unwrap_or(now_ms);
-                let old = too_old(&intake.spool.kept(), oldest_ms, since_ms);
+            if let Some(ages) = ages {
+                let old = too_old(&intake.spool.kept(), ages);
                 purge(&intake.spool, old, "age").await;
                 let quarantine = super::quarantine_folder(&config);
-                let removed =
-                    tokio::task::spawn_blocking(move || remove_old_files(&quarantine, oldest_ms));
+                let removed = tokio::task::spawn_blocking(move || {
+                    remove_old_files(&quarantine, ages.oldest_ms)
+                });
                 drop(removed.await);
             }
         }
@@ -73,27 +53,29 @@ pub(crate) async fn run(intake: Arc<Intake>, mut stopping: watch::Receiver<bool>
     }
 }
 
+/// Deletes a few objects at a time: whoever stores meanwhile waits for a few, not for all.
 async fn purge(spool: &Spool, sequences: Vec<u64>, reason: &'static str) {
-    if sequences.is_empty() {
-        return;
+    for few in sequences.chunks(PURGED_AT_ONCE) {
+        match spool.purge(few.to_vec()).await {
+            Ok(()) => {}
+            Err(SpoolError::Closed) => return,
+            Err(error) => return tracing::error!(%error, "objects not purged"),
+        }
     }
-    let n_objects = sequences.len();
-    match spool.purge(sequences).await {
-        Ok(()) => tracing::info!(n_objects, reason, "objects purged"),
-        Err(SpoolError::Closed) => {}
-        Err(error) => tracing::error!(%error, "objects not purged"),
+    if !sequences.is_empty() {
+        tracing::info!(n_objects = sequences.len(), reason, "objects purged");
     }
 }
 
 /// What goes for lack of room, looked for only when room is short.
-fn finished_for_room(spool: &Spool, retention: &Retention, now_ms: i64) -> Vec<u64> {
+fn finished_for_room(spool: &Spool, retention: &Retention, ages: Option<Ages>) -> Vec<u64> {
     let used_bytes = spool.counts().used_bytes;
     let free_bytes = spool.free_bytes().unwrap_or(u64::MAX);
     let wanted = bytes_to_free(used_bytes, free_bytes, retention);
     if wanted == 0 {
         return Vec::new();
     }
-    first_to_go(spool.kept(), wanted, now_ms)
+    first_to_go(spool.kept(), wanted, ages)
 }
 
 /// Bytes that should be freed: from nine tenths of the quota down to eight, and up to one and a half times the free
@@ -115,9 +97,9 @@ fn bytes_to_free(used_bytes: u64, free_bytes: u64, retention: &Retention) -> u64
 }
 
 /// Finished objects worth so many bytes, what is committed to not among them: those that are never analysed first, then the oldest.
-fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64, now_ms: i64) -> Vec<u64> {
-    // By a clock that was never set, no pin has ended.
-    let pins_ended_ms = if is_clock_trusted(now_ms) { now_ms } else { 0 };
+fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64, ages: Option<Ages>) -> Vec<u64> {
+    // By a clock that may be wrong, no pin has ended.
+    let pins_ended_ms = ages.map_or(0, |ages| ages.now_ms);
     let may_go = |kept: &Kept| kept.is_finished && kept.pinned_until_ms <= pins_ended_ms;
     let mut finished: Vec<Kept> = kept.into_iter().filter(may_go).collect();
     finished.sort_by_key(|kept| (kept.is_analysed_class, kept.sequence));
@@ -130,17 +112,16 @@ fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64, now_ms: i64) -> Vec<u64> {
     enough.map(|kept| kept.sequence).collect()
 }
 
-/// Objects that came before `oldest_ms`. What came while the clock was not set counts from `trusted_since_ms`.
-fn too_old(kept: &[Kept], oldest_ms: i64, trusted_since_ms: i64) -> Vec<u64> {
-    let received_ms = |kept: &Kept| {
-        if is_clock_trusted(kept.received_ms) {
-            kept.received_ms
-        } else {
-            trusted_since_ms
-        }
+/// Objects that are too old. What came while the clock was wrong counts from when it was right again.
+fn too_old(kept: &[Kept], ages: Ages) -> Vec<u64> {
+    let is_old = |kept: &&Kept| {
+        let is_old = ages.is_too_old(kept.received_ms);
+        is_old.unwrap_or(ages.since_ms < ages.oldest_ms)
     };
-    let old = kept.iter().filter(|kept| received_ms(kept) < oldest_ms);
-    old.map(|kept| kept.sequence).collect()
+    kept.iter()
+        .filter(is_old)
+        .map(|kept| kept.sequence)
+        .collect()
 }
 
 fn remove_old_files(folder: &Path, oldest_ms: i64) {
@@ -161,6 +142,7 @@ fn remove_old_files(folder: &Path, oldest_ms: i64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::intake::spool::{Header, SpoolLimits};
 
     const NOW_MS: i64 = 1_790_000_000_000;
     const DAY_MS: i64 = 86_400_000;
@@ -176,6 +158,14 @@ mod tests {
         }
     }
 
+    fn ages(since_ms: i64) -> Ages {
+        Ages {
+            oldest_ms: NOW_MS - 7 * DAY_MS,
+            now_ms: NOW_MS,
+            since_ms,
+        }
+    }
+
     fn retention() -> Retention {
         Retention {
             max_age: Duration::from_secs(7 * 86_400),
@@ -186,28 +176,55 @@ mod tests {
 
     #[test]
     fn old_objects_go_finished_or_not() {
-        let oldest_ms = oldest_allowed_ms(NOW_MS, &retention()).unwrap();
+        let ages = ages(NOW_MS);
         let objects = [
             kept(1, NOW_MS - 8 * DAY_MS),
             kept(2, NOW_MS - 6 * DAY_MS),
-            kept(3, oldest_ms),
+            kept(3, ages.oldest_ms),
         ];
-        assert_eq!(too_old(&objects, oldest_ms, NOW_MS), [1]);
+        assert_eq!(too_old(&objects, ages), [1]);
     }
 
     #[test]
-    fn nothing_goes_by_age_while_the_clock_is_not_set() {
-        for now_ms in [0, 3_600_000, FIRST_TRUSTED_MS - 1, LAST_TRUSTED_MS] {
-            assert_eq!(oldest_allowed_ms(now_ms, &retention()), None);
+    fn an_object_that_came_while_the_clock_was_wrong_counts_from_when_it_was_right() {
+        for received_ms in [5_000, NOW_MS + 400 * DAY_MS] {
+            let objects = [kept(1, received_ms)];
+            assert_eq!(too_old(&objects, ages(NOW_MS)), [] as [u64; 0]);
+            assert_eq!(too_old(&objects, ages(NOW_MS - 8 * DAY_MS)), [1]);
         }
     }
 
     #[test]
-    fn object_from_before_the_clock_was_set_counts_from_then() {
-        let objects = [kept(1, 5_000)];
-        let oldest_ms = oldest_allowed_ms(NOW_MS, &retention()).unwrap();
-        assert_eq!(too_old(&objects, oldest_ms, NOW_MS), [] as [u64; 0]);
-        assert_eq!(too_old(&objects, oldest_ms, NOW_MS - 8 * DAY_MS), [1]);
+    fn an_object_that_comes_while_many_are_deleted_waits_for_few() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = SpoolLimits {
+            keep_free_bytes: 0,
+            ..SpoolLimits::default()
+        };
+        let spool = Spool::open(folder.path(), &limits).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let store = || async {
+                let mut entry = spool.begin(Header::default()).unwrap();
+                entry.write(b"object").unwrap();
+                entry.commit().await.unwrap()
+            };
+            let mut old = Vec::new();
+            for _ in 0..10 * PURGED_AT_ONCE {
+                old.push(store().await);
+            }
+            let mut purging = std::pin::pin!(purge(&spool, old, "age"));
+            let stored = tokio::select! {
+                biased;
+                () = &mut purging => panic!("all were deleted first"),
+                stored = store() => stored,
+            };
+            assert!(spool.counts().objects > 8 * PURGED_AT_ONCE);
+            purging.await;
+            assert_eq!(spool.sequences_after(0).collect::<Vec<_>>(), [stored]);
+        });
     }
 
     #[test]
@@ -223,14 +240,16 @@ mod tests {
             finished(3, true),
             finished(4, false),
         ];
-        assert_eq!(first_to_go(objects.clone(), 1, NOW_MS), [4]);
-        assert_eq!(first_to_go(objects.clone(), 150, NOW_MS), [4, 2]);
-        assert_eq!(first_to_go(objects.clone(), 10_000, NOW_MS), [4, 2, 3]);
+        let now = Some(ages(NOW_MS));
+        assert_eq!(first_to_go(objects.clone(), 1, now), [4]);
+        assert_eq!(first_to_go(objects.clone(), 150, now), [4, 2]);
+        assert_eq!(first_to_go(objects.clone(), 10_000, now), [4, 2, 3]);
         let mut pinned = objects;
         pinned[1].pinned_until_ms = NOW_MS + 1;
-        assert_eq!(first_to_go(pinned.clone(), 10_000, NOW_MS), [4, 3]);
-        assert_eq!(first_to_go(pinned.clone(), 10_000, 0), [4, 3]);
-        assert_eq!(first_to_go(pinned, 10_000, NOW_MS + 1), [4, 2, 3]);
+        assert_eq!(first_to_go(pinned.clone(), 10_000, now), [4, 3]);
+        assert_eq!(first_to_go(pinned.clone(), 10_000, None), [4, 3]);
+        pinned[1].pinned_until_ms = NOW_MS;
+        assert_eq!(first_to_go(pinned, 10_000, now), [4, 2, 3]);
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub(crate) fn disk_bytes(path: &Path) -> Option<(u64, u64)> {
 
 /// Whether a time can be the present.
 pub(crate) fn is_clock_plausible(unix_ms: i64) -> bool {
-    crate::intake::retention::is_clock_trusted(unix_ms)
+    crate::intake::clock::is_clock_trusted(unix_ms)
 }
 
 #[cfg(test)]

@@ -170,14 +170,14 @@ async fn store(plan: &StudyPlan, node: &PeerAddress, calling: &str) -> anyhow::R
         let uid = plan.uid(UidRole::Slice(index));
         let status = association.store(CT_IMAGE, &uid, data, DEADLINE).await?;
         if status != 0 {
-            association.release(DEADLINE).await;
+            association.release().await;
             bail!(
                 "the node refused slice {} with status {status:04X}",
                 index + 1
             );
         }
     }
-    association.release(DEADLINE).await;
+    association.release().await;
     Ok(())
 }
 

@@ -147,6 +147,11 @@ fn register_counts(registry: &mut Registry, counts: &Counts) {
             "Times the results database was missing or broken at the start and was made anew",
             counts.results_lost,
         ),
+        (
+            "letters_lost",
+            "Messages to receivers that were deleted, for their age or for want of room, and that none had accepted",
+            counts.letters_lost,
+        ),
     ] {
         let counter = Counter::<u64>::default();
         counter.inc_by(count);

@@ -66,6 +66,8 @@ pub(crate) struct Counts {
     pub(crate) store_failures: u64,
     /// Whether the results database had to be made anew at the start.
     pub(crate) results_lost: u64,
+    /// Letters deleted that no receiver had accepted.
+    pub(crate) letters_lost: u64,
 }
 
 /// A histogram of seconds, from 1 ms to 16 s.

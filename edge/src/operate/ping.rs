@@ -153,7 +153,7 @@ pub(crate) async fn echo(
         .ask(VERIFICATION, command, None, deadline)
         .await?;
     let elapsed = start.elapsed();
-    association.release(deadline).await;
+    association.release().await;
     match answer.command.number(tags::STATUS) {
         Some(0) => Ok(elapsed),
         Some(status) => Err(anyhow!("C-ECHO answered with status {status:04X}")),

@@ -34,6 +34,8 @@ pub(crate) struct Status {
     pub(crate) outbox_waiting: u64,
     /// Results given up.
     pub(crate) dead_letters: u64,
+    /// Of those, the last.
+    pub(crate) given_up: Vec<GivenUp>,
     /// Results that were delivered and that the PACS has yet to commit to.
     pub(crate) commitments_waiting: u64,
     /// Results that were delivered and that it has not committed to.
@@ -70,6 +72,20 @@ pub(crate) struct Status {
     pub(crate) certificate_expires_s: Option<i64>,
     /// Seconds since the start.
     pub(crate) uptime_s: u64,
+}
+
+/// A result that a receiver will not get, unless it is sent again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct GivenUp {
+    /// Of which study.
+    pub(crate) study_uid: String,
+    /// Through what.
+    pub(crate) channel: String,
+    /// When, Unix time in ms.
+    pub(crate) ended_ms: i64,
+    /// Why.
+    pub(crate) reason: String,
 }
 
 /// A peer.

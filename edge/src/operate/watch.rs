@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use shared::uid::Uid;
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
@@ -17,7 +18,6 @@ use crate::config::Config;
 use crate::decide::Changed;
 use crate::decide::store::Origin;
 use crate::exit::{Exit, Failure, failure};
-use crate::intake::{retention, unix_ms};
 use crate::result::{Outcome, State, StudyResult};
 use crate::serve::NodeState;
 
@@ -87,7 +87,9 @@ pub(crate) fn rolled_back(node: &NodeState) {
 /// Begins to follow.
 pub(crate) fn start(node: &Arc<NodeState>) -> JoinHandle<()> {
     let node = Arc::clone(node);
-    tokio::spawn(async move { follow(&node).await })
+    // Before anything is decided: what changes from here on is heard.
+    let changes = node.changed.subscribe();
+    tokio::spawn(async move { follow(&node, changes).await })
 }
 
 /// Ends following, confirms the model, because a stop in order is no crash, and notes the end.
@@ -99,8 +101,7 @@ pub(crate) async fn stopped(node: &Arc<NodeState>, watching: JoinHandle<()>) {
     note(node, &Event::Stopped);
 }
 
-async fn follow(node: &Arc<NodeState>) {
-    let mut changes = node.changed.subscribe();
+async fn follow(node: &Arc<NodeState>, mut changes: Receiver<Changed>) {
     let mut recorded = VecDeque::with_capacity(MAX_RECORDED);
     let mut is_confirmed = false;
     let mut forgotten = tokio::time::Instant::now();
@@ -132,19 +133,19 @@ async fn follow(node: &Arc<NodeState>) {
     }
 }
 
-/// Deletes results of studies that are older than the maximum age. By an untrusted clock nothing is.
+/// Deletes results of studies that are older than the maximum age. By a clock that may be wrong nothing is.
 async fn forget(node: &Arc<NodeState>) {
     let config = Arc::clone(&node.config.borrow());
-    let Some(oldest_ms) = retention::oldest_allowed_ms(unix_ms(), &config.retention) else {
+    let Some(ages) = node.intake.clock.ages(&config.retention) else {
         return;
     };
     let first_kept = node.spool.sequences_after(0).next().unwrap_or(0);
     let store = Arc::clone(&node.store);
     let forgotten = tokio::task::spawn_blocking(move || {
-        if let Err(error) = store.forget_aside(oldest_ms) {
+        if let Err(error) = store.forget_aside(ages.oldest_ms) {
             tracing::error!(%error, "the broken results database cannot be deleted");
         }
-        store.forget(oldest_ms, first_kept.saturating_sub(1))
+        store.forget(ages, first_kept.saturating_sub(1))
     });
     match forgotten.await {
         Ok(Ok(studies)) if studies.is_empty() => {}

@@ -101,6 +101,7 @@ fn counts(node: &NodeState) -> Counts {
         workers_replaced: decided.n_workers_replaced,
         store_failures: decided.n_store_failures,
         results_lost: u64::from(*node.store.origin() != Origin::Found),
+        letters_lost: node.outbox.n_lost(),
     }
 }
 
@@ -127,6 +128,7 @@ fn status(node: &NodeState) -> Status {
         positive_studies,
         outbox_waiting: letters.waiting,
         dead_letters: letters.dead,
+        given_up: send::node::given_up(&node.outbox),
         commitments_waiting: commitments.waiting,
         not_committed: commitments.failed,
         model: model.name,

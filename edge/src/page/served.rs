@@ -83,6 +83,14 @@ impl Served {
         String::from_utf8_lossy(&answer).into_owned()
     }
 
+    /// Whether another listener is taken.
+    fn listens(&self) -> bool {
+        let connection = self.connect("GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        let mut line = String::new();
+        BufReader::new(connection).read_line(&mut line).unwrap();
+        line.starts_with("HTTP/1.1 200")
+    }
+
     fn connect(&self, request: &str) -> TcpStream {
         let mut connection = TcpStream::connect(self.address).unwrap();
         connection
@@ -344,4 +352,25 @@ fn text_stands_out_from_its_ground() {
             assert!(ratio >= least, "{text} on {ground}: {ratio:.1}");
         }
     }
+}
+
+#[test]
+fn listeners_that_never_read_hold_nobody_up() {
+    let served = serve(Settings::default());
+    let request = "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let silent: Vec<TcpStream> = (0..64).map(|_| served.connect(request)).collect();
+    // Each has been taken in when the next is turned away.
+    while served.listens() {}
+    for _ in 0..100_000 {
+        served.changed.send(()).unwrap();
+    }
+    check(&served, "/", "200", "Worklist");
+    drop(silent);
+    for _ in 0..2000 {
+        if served.listens() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("the places of those that left are not given back");
 }

@@ -43,6 +43,16 @@ pub(crate) fn page(status: &Status) -> Markup {
                 @if let Some(seconds) = status.certificate_expires_s { dt { "Certificate until" } dd { (moment(seconds.saturating_mul(1000))) } }
             }))
         }
+        @if !status.given_up.is_empty() { section {
+            h2 { "Given up" }
+            p.quiet { "Kept until they are too old. A reload sends them again, as far as nothing later was delivered." }
+            table.reasons {
+                thead { tr { th scope="col" { "Study" } th scope="col" { "Through" } th scope="col" { "When" } th scope="col" { "Why" } } }
+                tbody { @for letter in &status.given_up {
+                    tr { td.uid { a href=(format!("/studies/{}", letter.study_uid)) { (letter.study_uid) } } td { (letter.channel) } td { (moment(letter.ended_ms)) } td { (letter.reason) } }
+                } }
+            }
+        } }
         section {
             h2 { "Peers" }
             @if status.peers.is_empty() { p.quiet { "None yet." } } @else {
@@ -115,6 +125,7 @@ pub(crate) fn duration(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::operate::status::GivenUp;
 
     #[test]
     fn quantities_are_for_people() {
@@ -137,5 +148,22 @@ mod tests {
         .into_string();
         assert!(html.contains("<dd class=\"bad\">logit bits differ</dd>"));
         assert!(html.contains("nearly full"));
+        assert!(!html.contains("Given up</h2>"));
+    }
+
+    #[test]
+    fn a_result_given_up_is_named_with_its_reason() {
+        let html = page(&Status {
+            given_up: vec![GivenUp {
+                study_uid: "1.2.3".into(),
+                channel: "structured_report".into(),
+                ended_ms: 0,
+                reason: "C-STORE status C000H <0>".into(),
+            }],
+            ..Status::default()
+        })
+        .into_string();
+        assert!(html.contains("href=\"/studies/1.2.3\">1.2.3</a>"));
+        assert!(html.contains("C-STORE status C000H &lt;0&gt;"));
     }
 }

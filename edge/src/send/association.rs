@@ -34,8 +34,8 @@ const MAX_ASKED: usize = 64;
 const RESPONSE: u16 = 0x8000;
 /// Command Data Set Type that says: no data set.
 const NO_DATA_SET: u16 = 0x0101;
-/// How long a connection may take to close.
-const CLOSE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a peer may take to answer a release or an abort, and then a connection to close.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What an association runs over.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -151,7 +151,7 @@ impl Association {
             contexts,
         };
         if association.contexts.is_empty() {
-            association.release(deadline).await;
+            association.release().await;
             return Err(AssociationError::NoContext);
         }
         Ok(association)
@@ -283,13 +283,13 @@ impl Association {
             .map_or(Syntax::Implicit, |(_, syntax)| *syntax)
     }
 
-    /// Releases; a peer that does not answer is left.
-    pub(crate) async fn release(mut self, deadline: Duration) {
+    /// Releases. A peer that does not answer is soon left: everything was answered before, and what is to be said next waits for this.
+    pub(crate) async fn release(mut self) {
         let exchange = async {
             write(&mut self.stream, &Pdu::ReleaseRQ).await?;
             read(&mut self.stream).await
         };
-        drop(within(deadline, exchange).await);
+        drop(within(CLOSE_DEADLINE, exchange).await);
         drop(timeout(CLOSE_DEADLINE, self.stream.shutdown()).await);
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dicom_dictionary_std::tags;
 use redb::Database;
+use shared::uid::Uid;
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -17,11 +18,12 @@ use super::data_set::{DataSet, Syntax};
 use super::delivery::{Delivery, End, Ways};
 use super::equipment::Device;
 use super::letter::NotMade;
-use super::outbox::{Channel, Channels, Counts, Outbox, enqueue};
+use super::outbox::{Bounds, Channel, Channels, Counts, Outbox, enqueue};
 use super::pacs::Pacs;
 use super::sample;
 use super::scripted_pacs::{Act, Request, ScriptedPacs};
 use super::structured_report::Class;
+use crate::intake::clock::Ages;
 use crate::result::StudyResult;
 
 const THREE_D: &str = Class::Comprehensive3D.uid();
@@ -86,6 +88,10 @@ impl Node {
     }
 
     pub(super) fn start_with(database: &Path, ways: &Ways) -> Self {
+        Self::start_bounded(database, ways, Bounds::default())
+    }
+
+    fn start_bounded(database: &Path, ways: &Ways, bounds: Bounds) -> Self {
         let database = Arc::new(Database::create(database).unwrap());
         let outbox = Arc::new(Outbox::open(Arc::clone(&database)).unwrap());
         let ends: Arc<Mutex<Vec<End>>> = Arc::default();
@@ -95,6 +101,7 @@ impl Node {
             ways.clone(),
             Arc::new(|_, _| Err(NotMade::Never("no captures here".to_owned()))),
             Box::new(move |_, end| seen.lock().unwrap().push(end)),
+            bounds,
         );
         let (stop, stopped) = watch::channel(false);
         Self {
@@ -113,6 +120,18 @@ impl Node {
         enqueue(&transaction, result, &self.channels).unwrap();
         transaction.commit().unwrap();
         self.outbox.bell.notify_waiters();
+    }
+
+    /// Waits until so many attempts ended, none of them in success.
+    pub(super) async fn tried(&self, times: usize) {
+        for _ in 0..3000 {
+            if self.ends.lock().unwrap().len() >= times {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let ends = self.ends.lock().unwrap();
+        assert!(ends.len() >= times && ends.iter().all(|end| *end == End::Retried));
     }
 
     /// Waits until nothing waits.
@@ -244,7 +263,7 @@ async fn a_rejected_context_falls_back_and_no_context_is_a_dead_letter_with_its_
     let node = Node::start(&database, pacs.address(), impatient());
     node.decide(&sample::positive());
     assert_eq!(node.settled().await.dead, 1);
-    let (_, letter) = node.outbox.dead_letters().unwrap().remove(0);
+    let letter = node.outbox.dead_letters(1).unwrap().remove(0);
     assert!(letter.remark.unwrap().contains("presentation context"));
     assert_eq!(*node.ends.lock().unwrap(), [End::Dead]);
 }
@@ -369,15 +388,111 @@ async fn too_old_letters_are_forgotten_with_all_that_they_say() {
     let result = sample::positive();
     node.decide(&result);
     node.settled().await;
-    assert_eq!(node.outbox.forget(result.decided_ms).unwrap(), 0);
+    let forget = |oldest_ms| node.outbox.forget(Ages::before(oldest_ms)).unwrap();
+    assert_eq!(forget(result.decided_ms), 0);
     node.decide(&result);
     assert_eq!(pacs.requests().len(), 1);
-    assert_eq!(node.outbox.forget(result.decided_ms + 1).unwrap(), 0);
+    assert_eq!(forget(result.decided_ms + 1), 0);
     node.task.abort();
     node.decide(&result);
     assert_eq!(node.outbox.counts().unwrap().waiting, 1);
-    assert_eq!(node.outbox.forget(result.decided_ms + 1).unwrap(), 1);
+    assert_eq!(forget(result.decided_ms + 1), 1);
     assert_eq!(node.outbox.counts().unwrap(), Counts::default());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_of_a_wrong_clock_counts_from_when_the_clock_is_right() {
+    let (_folder, database) = folder();
+    let node = Node::start(&database, nowhere().await, impatient());
+    node.task.abort();
+    let right_ms = sample::positive().decided_ms;
+    node.decide(&StudyResult {
+        // Ten minutes after 1970 began.
+        decided_ms: 600_000,
+        ..sample::positive()
+    });
+    assert_eq!(node.outbox.counts().unwrap().waiting, 1);
+    let forget = |oldest_ms| node.outbox.forget(Ages::before(oldest_ms)).unwrap();
+    assert_eq!(forget(right_ms), 0);
+    assert_eq!(forget(right_ms + 1000), 0, "from the first look on");
+    assert_eq!(forget(right_ms + 1001), 1);
+}
+
+/// A PACS that does not answer.
+async fn nowhere() -> Pacs {
+    let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[]).await;
+    let mut nowhere = pacs.address();
+    let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    nowhere.connection.port = closed.local_addr().unwrap().port();
+    nowhere
+}
+
+/// The sample, of the study with this number.
+fn numbered(study: u32) -> StudyResult {
+    StudyResult {
+        study_uid: Uid::new(&format!("2.25.{study}")).unwrap(),
+        ..sample::positive()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_too_many_letters_the_oldest_are_given_up_and_then_lost_and_all_are_counted() {
+    let (_folder, database) = folder();
+    let bounds = Bounds {
+        waiting: 3,
+        dead: 2,
+    };
+    let ways = ways(nowhere().await, impatient());
+    let node = Node::start_bounded(&database, &ways, bounds);
+    for study in 1..=7 {
+        node.decide(&numbered(study));
+    }
+    let wanted = Counts {
+        waiting: 3,
+        dead: 2,
+    };
+    for _ in 0..3000 {
+        if node.outbox.n_lost() == 2 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(
+        (node.outbox.counts().unwrap(), node.outbox.n_lost()),
+        (wanted, 2)
+    );
+    let dead = node.outbox.dead_letters(9).unwrap();
+    let studies: Vec<_> = dead
+        .iter()
+        .map(|letter| letter.study_uid.as_str())
+        .collect();
+    assert_eq!(studies, ["2.25.4", "2.25.3"]);
+    assert_eq!(dead[0].remark.as_deref(), Some("more than 3 letters wait"));
+    let given_up = |end: &&End| **end == End::Dead;
+    assert_eq!(node.ends.lock().unwrap().iter().filter(given_up).count(), 4);
+    // When the receiver is back it gets all that are left.
+    let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[]).await;
+    node.outbox.revive().unwrap();
+    node.delivery
+        .configure(self::ways(pacs.address(), impatient()));
+    node.settled().await;
+    assert!(pacs.requests().len() >= 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pacs_that_never_answers_a_release_holds_nothing_up() {
+    let (_folder, database) = folder();
+    let script = [Act::Answer(0), Act::IgnoreRelease, Act::Answer(0)];
+    let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &script).await;
+    let node = Node::start(&database, pacs.address(), impatient());
+    let began = std::time::Instant::now();
+    for study in 1..=3 {
+        node.decide(&numbered(study));
+        pacs.wait_for(study as usize).await;
+    }
+    // Each exchange may take 20 s; a release that is not answered ends by itself before.
+    assert!(began.elapsed() < Duration::from_secs(15));
+    assert_eq!(node.settled().await, Counts::default());
 }
 
 /// Environment of [`sends_until_it_is_killed`]: the database, and the port of the PACS.
@@ -444,25 +559,9 @@ async fn whatever_is_killed_when_the_pacs_sees_one_document() {
 async fn a_pacs_that_is_down_gets_the_result_when_it_is_back() {
     let (_folder, database) = folder();
     let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[]).await;
-    let mut nowhere = pacs.address();
-    let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    nowhere.connection.port = closed.local_addr().unwrap().port();
-    drop(closed);
-    let node = Node::start(&database, nowhere, impatient());
+    let node = Node::start(&database, nowhere().await, impatient());
     node.decide(&sample::positive());
-    for _ in 0..3000 {
-        if node.ends.lock().unwrap().len() >= 3 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert!(
-        node.ends
-            .lock()
-            .unwrap()
-            .iter()
-            .all(|end| *end == End::Retried)
-    );
+    node.tried(3).await;
     assert_eq!(node.outbox.counts().unwrap().waiting, 1);
     node.delivery.configure(ways(pacs.address(), impatient()));
     assert_eq!(node.settled().await, Counts::default());

@@ -15,7 +15,7 @@ use super::back_off::{BackOff, Patience};
 use super::equipment::Device;
 use super::hl7::Hl7;
 use super::letter::{self, Capture, Made, NotMade};
-use super::outbox::{Channel, Letter, Outbox, OutboxError};
+use super::outbox::{Bounds, Channel, Letter, Outbox, OutboxError, Trimmed};
 use super::pacs::{self, Pacs};
 use super::stow::Stow;
 use super::structured_report::Predecessor;
@@ -77,6 +77,7 @@ pub(crate) struct Delivery {
     /// Draws secondary captures.
     capture: Arc<Capture>,
     observe: Box<Observe>,
+    bounds: Bounds,
 }
 
 impl std::fmt::Debug for Delivery {
@@ -114,12 +115,14 @@ impl Delivery {
         ways: Ways,
         capture: Arc<Capture>,
         observe: Box<Observe>,
+        bounds: Bounds,
     ) -> Arc<Self> {
         Arc::new(Self {
             outbox,
             ways: RwLock::new(Arc::new(ways)),
             capture,
             observe,
+            bounds,
         })
     }
 
@@ -132,6 +135,13 @@ impl Delivery {
     /// Sends until `shutdown` becomes true; an exchange that is under way then is ended.
     pub(crate) async fn run(self: Arc<Self>, shutdown: watch::Receiver<bool>) {
         let mut tasks = JoinSet::new();
+        let (mut down, delivery) = (shutdown.clone(), Arc::clone(&self));
+        tasks.spawn(async move {
+            tokio::select! {
+                () = delivery.keep_bounds() => {}
+                _ = down.wait_for(|is_down| *is_down) => {}
+            }
+        });
         for receiver in Receiver::ALL {
             let mut shutdown = shutdown.clone();
             let delivery = Arc::clone(&self);
@@ -143,6 +153,33 @@ impl Delivery {
             });
         }
         while tasks.join_next().await.is_some() {}
+    }
+
+    /// Has the oldest letters given up where a receiver is away for so long that too many wait.
+    async fn keep_bounds(&self) {
+        let bounds = self.bounds;
+        loop {
+            let mut bell = std::pin::pin!(self.outbox.bell.notified());
+            bell.as_mut().enable();
+            let trimmed = self
+                .on_disk(move |outbox| outbox.trim(bounds, now_ms()))
+                .await;
+            match trimmed {
+                Ok(Trimmed { given_up, n_lost }) => {
+                    for letter in &given_up {
+                        let channel = letter.channel.name();
+                        tracing::error!(channel, reason = letter.remark, "result given up");
+                        (self.observe)(letter, End::Dead);
+                    }
+                    self.outbox.lose(n_lost);
+                }
+                Err(error) => tracing::error!(%error, "the outbox cannot be trimmed"),
+            }
+            tokio::select! {
+                () = &mut bell => {}
+                () = tokio::time::sleep(IDLE) => {}
+            }
+        }
     }
 
     async fn serve(&self, receiver: Receiver) {
@@ -237,7 +274,7 @@ impl Delivery {
             }
         }
         back_off.receiver_answered();
-        association.release(ways.patience.deadline).await;
+        association.release().await;
         Ok(())
     }
 

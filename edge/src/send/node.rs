@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use jiff::tz::TimeZone;
 use shared::uid::Uid;
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
@@ -23,18 +24,20 @@ use super::equipment::Device;
 use super::hl7::Hl7;
 use super::http;
 use super::letter::NotMade;
-use super::outbox::{Channel, Counts, Letter, Outbox};
+use super::outbox::{Bounds, Channel, Counts, Letter, Outbox};
 use super::pacs::Pacs;
 use super::secondary_capture::{self, KeySlice};
 use super::stow::Stow;
 use super::webhook::{Secret, Webhook};
 use crate::config::Config;
+use crate::decide::Changed;
 use crate::decide::store::Store;
 use crate::exit::{Exit, Failure, failure};
 use crate::heatmap;
-use crate::intake::{retention, tls, unix_ms};
+use crate::intake::tls;
 use crate::operate::audit::Event;
 use crate::operate::metrics::{self, DeliveryChannel, DeliveryEnd};
+use crate::operate::status::GivenUp;
 use crate::operate::watch;
 use crate::page::NotShown;
 use crate::result::StudyResult;
@@ -44,8 +47,10 @@ use crate::serve::NodeState;
 const LOCAL_TIME: &str = "/etc/localtime";
 /// Largest time zone, secret, token or certificate file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
-/// How often old letters are deleted.
-const FORGET_EVERY: Duration = Duration::from_secs(3600);
+/// Most results given up that the page names.
+const MAX_GIVEN_UP: usize = 20;
+/// How often old letters and ended commitments are deleted.
+const FORGET_EVERY: Duration = Duration::from_secs(1800);
 
 /// Opens the outbox in the results database.
 ///
@@ -70,8 +75,11 @@ pub(crate) fn start(node: &Arc<NodeState>) -> Result<JoinHandle<()>, Failure> {
         ways,
         Arc::new(move |result, device| draw(&drawing, result, device)),
         Box::new(move |letter, end| count(&observed, letter, end)),
+        Bounds::default(),
     );
-    tokio::spawn(ring(Arc::clone(node)));
+    // Before anything is decided: what changes from here on is heard.
+    let changes = node.changed.subscribe();
+    tokio::spawn(ring(Arc::clone(&node.outbox), changes));
     tokio::spawn(forget(Arc::clone(node)));
     tokio::spawn(reconfigure(Arc::clone(node), Arc::clone(&delivery), device));
     Ok(tokio::spawn(delivery.run(node.stopping.clone())))
@@ -85,37 +93,47 @@ pub(crate) fn counts(outbox: &Outbox) -> Counts {
     })
 }
 
+/// The results given up last; none where the outbox cannot be read, which [`counts`] logs.
+pub(crate) fn given_up(outbox: &Outbox) -> Vec<GivenUp> {
+    let letters = outbox.dead_letters(MAX_GIVEN_UP).unwrap_or_default();
+    let shown = letters.into_iter().map(|letter| GivenUp {
+        study_uid: letter.study_uid.to_string(),
+        channel: letter.channel.name().to_owned(),
+        ended_ms: letter.ended_ms.unwrap_or_default(),
+        reason: letter.remark.unwrap_or_default(),
+    });
+    shown.collect()
+}
+
 /// Whatever changed may have put a letter into the outbox.
-async fn ring(node: Arc<NodeState>) {
-    let mut changes = node.changed.subscribe();
+async fn ring(outbox: Arc<Outbox>, mut changes: Receiver<Changed>) {
     loop {
         match changes.recv().await {
-            Ok(_) | Err(RecvError::Lagged(_)) => node.outbox.bell.notify_waiters(),
+            Ok(_) | Err(RecvError::Lagged(_)) => outbox.bell.notify_waiters(),
             Err(RecvError::Closed) => return,
         }
     }
 }
 
-/// Deletes by age, unless the clock was never set.
+/// Deletes by age, unless the clock may be wrong.
 async fn forget(node: Arc<NodeState>) {
     loop {
         tokio::time::sleep(FORGET_EVERY).await;
         let retention = node.config.borrow().retention.clone();
-        let Some(before_ms) = retention::oldest_allowed_ms(unix_ms(), &retention) else {
+        let Some(ages) = node.intake.clock.ages(&retention) else {
             continue;
         };
         let outbox = Arc::clone(&node.outbox);
         let asked = Arc::clone(&node.intake.commitments.asked);
+        let promised = Arc::clone(&node.intake.commitments.promised);
         let forget = move || {
-            asked.forget(before_ms)?;
-            outbox.forget(before_ms)
+            asked.forget(ages)?;
+            promised.forget(ages)?;
+            outbox.forget(ages)
         };
         let lost = tokio::task::spawn_blocking(forget).await;
         match lost {
-            Ok(Ok(0)) => {}
-            Ok(Ok(lost)) => {
-                tracing::error!(lost, "results were too old before they could be delivered")
-            }
+            Ok(Ok(lost)) => node.outbox.lose(lost),
             Ok(Err(error)) => tracing::error!(%error, "the outbox cannot be written"),
             Err(error) => tracing::error!(%error, "deleting old letters failed"),
         }

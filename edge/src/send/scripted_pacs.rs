@@ -23,6 +23,8 @@ pub(crate) enum Act {
     Cut,
     /// Take the object and say nothing more.
     Hang,
+    /// Answer success, and never a release of this association.
+    IgnoreRelease,
 }
 
 /// A C-STORE that came.
@@ -111,9 +113,11 @@ impl ScriptedPacs {
         };
         let mut command = Vec::new();
         let mut data = Vec::new();
+        let mut is_release_answered = true;
         while let Ok(pdu) = association.receive().await {
             let values = match pdu {
                 Pdu::PData { data } => data,
+                Pdu::ReleaseRQ if !is_release_answered => continue,
                 Pdu::ReleaseRQ => {
                     drop(association.send(&Pdu::ReleaseRP).await);
                     return;
@@ -132,14 +136,15 @@ impl ScriptedPacs {
                 }
                 let (set, data) = (std::mem::take(&mut command), std::mem::take(&mut data));
                 let set = DataSet::decode(&set, Syntax::Implicit).unwrap();
-                match self.act(&set, data) {
+                let act = self.act(&set, data);
+                let status = match act {
                     Act::Cut => return,
-                    Act::Hang => tokio::time::sleep(Duration::from_secs(3600)).await,
-                    Act::Answer(status) => {
-                        let answer = response(&set, id, status);
-                        association.send(&answer).await.unwrap();
-                    }
-                }
+                    Act::Hang => return tokio::time::sleep(Duration::from_secs(3600)).await,
+                    Act::IgnoreRelease => 0,
+                    Act::Answer(status) => status,
+                };
+                is_release_answered &= act != Act::IgnoreRelease;
+                association.send(&response(&set, id, status)).await.unwrap();
             }
         }
     }

@@ -11,7 +11,7 @@ use super::{
     META_POSITIVE, META_STUDIES, SLICES, STATEMENTS, STUDIES, Statement, Store, StoreError,
     UNASSIGNED, json, parse,
 };
-use crate::intake::retention::is_clock_trusted;
+use crate::intake::clock::Ages;
 use crate::result::{Outcome, StudyResult};
 
 impl Store {
@@ -33,18 +33,14 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets every study whose last object came before `before_ms`, Unix time, and objects without a study up to `before_sequence`.
-    /// A study that came while the clock was not set is forgotten when the last of its objects has gone from the spool, that is, lies
-    /// at or below `before_sequence`. The studies that had a result.
+    /// Forgets every study whose last object is too old, and objects without a study up to `before_sequence`. A study that came while the
+    /// clock was wrong is forgotten when the last of its objects has gone from the spool, that is, lies at or below `before_sequence`. The
+    /// studies that had a result.
     ///
     /// # Errors
     /// The medium fails.
-    pub(crate) fn forget(
-        &self,
-        before_ms: i64,
-        before_sequence: u64,
-    ) -> Result<Vec<Uid>, StoreError> {
-        let old = self.old_studies(before_ms, before_sequence)?;
+    pub(crate) fn forget(&self, ages: Ages, before_sequence: u64) -> Result<Vec<Uid>, StoreError> {
+        let old = self.old_studies(ages, before_sequence)?;
         let is_old = |study: &str| old.contains(study);
         let mut forgotten = Vec::new();
         let transaction = self.database.begin_write()?;
@@ -74,7 +70,7 @@ impl Store {
     /// Studies, with a result or without, all of whose objects are too old.
     fn old_studies(
         &self,
-        before_ms: i64,
+        ages: Ages,
         before_sequence: u64,
     ) -> Result<BTreeSet<String>, StoreError> {
         /// The rest is skipped, not built.
@@ -88,11 +84,8 @@ impl Store {
         for entry in table.iter()? {
             let (key, value) = entry?;
             let row: Row = parse(value.value())?;
-            let is_old = if is_clock_trusted(row.received_ms) {
-                row.received_ms < before_ms
-            } else {
-                row.sequence <= before_sequence
-            };
+            let is_old = ages.is_too_old(row.received_ms);
+            let is_old = is_old.unwrap_or(row.sequence <= before_sequence);
             let studies = if is_old { &mut known } else { &mut kept };
             let study = key.value().0;
             if !studies.contains(study) {

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use super::*;
 use crate::decide::store::{Origin, StoreError};
 use crate::decide::studies::deleted_beside;
+use crate::intake::clock::Ages;
 use crate::send::identity::document_uid;
 
 #[test]
@@ -38,8 +39,9 @@ fn what_is_too_old_is_forgotten_with_everything_that_belongs_to_it() {
     bench.receive(&slices);
     bench.complete();
     let store = bench.store();
-    assert_eq!(store.forget(RECEIVED_MS, 0).unwrap(), []);
-    assert_eq!(store.forget(RECEIVED_MS + 1, 0).unwrap(), [study_uid()]);
+    assert_eq!(store.forget(Ages::before(RECEIVED_MS), 0).unwrap(), []);
+    let old = Ages::before(RECEIVED_MS + 1);
+    assert_eq!(store.forget(old, 0).unwrap(), [study_uid()]);
     assert_eq!(store.studies().unwrap(), []);
     let (rows, elements) = store.slices(&study_uid()).unwrap();
     assert!(rows.is_empty() && elements.is_empty());
@@ -47,18 +49,21 @@ fn what_is_too_old_is_forgotten_with_everything_that_belongs_to_it() {
 }
 
 #[test]
-fn what_came_while_the_clock_was_not_set_goes_with_the_last_of_its_objects() {
-    let mut bench = Bench::new();
-    let mut slices = series("1.2", 1.0);
-    // Ten minutes after 1970 began.
-    slices
-        .iter_mut()
-        .for_each(|slice| slice.received_ms = 600_000);
-    bench.receive(&slices);
-    bench.complete();
-    let store = bench.store();
-    assert_eq!(store.forget(RECEIVED_MS, 59).unwrap(), []);
-    assert_eq!(store.forget(RECEIVED_MS, 60).unwrap(), [study_uid()]);
+fn what_came_while_the_clock_was_wrong_goes_with_the_last_of_its_objects() {
+    // Ten minutes after 1970 began, and four years ahead.
+    for received_ms in [600_000, RECEIVED_MS + 4 * 31_536_000_000] {
+        let mut bench = Bench::new();
+        let mut slices = series("1.2", 1.0);
+        slices
+            .iter_mut()
+            .for_each(|slice| slice.received_ms = received_ms);
+        bench.receive(&slices);
+        bench.complete();
+        let store = bench.store();
+        let now = Ages::before(RECEIVED_MS);
+        assert_eq!(store.forget(now, 59).unwrap(), []);
+        assert_eq!(store.forget(now, 60).unwrap(), [study_uid()]);
+    }
 }
 
 #[test]
@@ -69,7 +74,7 @@ fn objects_without_an_image_are_forgotten_too() {
     bench.receive(&[report]);
     let store = bench.store();
     assert_eq!(store.slices(&study_uid()).unwrap().0.len(), 1);
-    assert_eq!(store.forget(RECEIVED_MS + 1, 0).unwrap(), []);
+    assert_eq!(store.forget(Ages::before(RECEIVED_MS + 1), 0).unwrap(), []);
     assert_eq!(store.slices(&study_uid()).unwrap().0.len(), 0);
 }
 
@@ -226,6 +231,6 @@ fn studies_are_counted_as_they_come_change_and_go() {
     bench.receive(&series("1.4", 9.0));
     assert_eq!(bench.store().count_studies().unwrap(), (2, 2));
     let store = bench.store();
-    store.forget(RECEIVED_MS + 1, 0).unwrap();
+    store.forget(Ages::before(RECEIVED_MS + 1), 0).unwrap();
     assert_eq!(store.count_studies().unwrap(), (0, 0));
 }
