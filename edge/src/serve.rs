@@ -5,6 +5,7 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -250,7 +251,24 @@ fn work_of(node: &Arc<NodeState>) -> impl Fn() -> (u64, u64) + Send + 'static {
     }
 }
 
+/// Root would leave files behind that the daemon's own user could not open at its next start.
+fn refuse_root_in_foreign_folder(state_dir: &Path) -> Result<(), Failure> {
+    let Ok(folder) = std::fs::metadata(state_dir) else {
+        return Ok(());
+    };
+    if rustix::process::geteuid().is_root() && folder.uid() != 0 {
+        let error = anyhow!(
+            "state folder {} belongs to user {}: start the node as that user, for example by systemctl start edge",
+            state_dir.display(),
+            folder.uid()
+        );
+        return Err(failure(Exit::CannotWrite)(error));
+    }
+    Ok(())
+}
+
 fn open_spool(config: &Config) -> Result<Arc<Spool>, Failure> {
+    refuse_root_in_foreign_folder(&config.state_dir)?;
     let folder = config.state_dir.join("spool");
     Spool::open(&folder, &spool_limits(config)).map_err(|error| {
         let exit = match error {

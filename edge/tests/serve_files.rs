@@ -127,3 +127,27 @@ fn room_is_made_from_objects_that_are_never_analysed() {
     }
     client.release();
 }
+
+#[test]
+fn root_leaves_the_state_folder_of_another_user_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    if let Err(error) = std::os::unix::fs::chown(&state, Some(65_534), Some(65_534)) {
+        // Who is not root cannot make such a folder, and leaves no files of root's in one.
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+        return;
+    }
+    let config = folder.path().join("edge.toml");
+    let text = "dicom_port = 0\nhttp_bind = \"127.0.0.1:0\"\nstate_dir = \"state\"\n";
+    std::fs::write(&config, text).unwrap();
+    let ended = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
+        .args(["serve", "--config"])
+        .arg(config)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(73), "{said}");
+    assert!(said.contains("start the node as that user"), "{said}");
+    assert_eq!(std::fs::read_dir(&state).unwrap().count(), 0);
+}

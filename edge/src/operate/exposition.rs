@@ -371,6 +371,57 @@ mod tests {
     }
 
     #[test]
+    fn every_alert_has_a_row_that_says_what_to_do() {
+        let rules = include_str!("../../packaging/edge.rules.yml").lines();
+        let alerts = rules.filter_map(|line| line.trim().strip_prefix("- alert: "));
+        let rows = include_str!("../../../docs/operating.md").lines();
+        let rows: Vec<&str> = rows.filter(|row| row.starts_with("| PeEdge")).collect();
+        for alert in alerts {
+            let is_named = |row: &&&str| {
+                row.split('|')
+                    .nth(1)
+                    .is_some_and(|names| names.split(',').any(|name| name.trim() == alert))
+            };
+            assert_eq!(rows.iter().filter(is_named).count(), 1, "{alert}");
+        }
+    }
+
+    #[test]
+    fn panels_of_the_dashboard_have_a_place_and_something_to_show() {
+        let dashboard: serde_json::Value =
+            serde_json::from_str(include_str!("../../packaging/dashboard.json")).unwrap();
+        let mut taken = std::collections::BTreeSet::new();
+        let mut ids = std::collections::BTreeSet::new();
+        for panel in dashboard["panels"].as_array().unwrap() {
+            assert!(ids.insert(panel["id"].as_u64().unwrap()));
+            let at = |key: &str| panel["gridPos"][key].as_u64().unwrap();
+            for row in at("y")..at("y") + at("h") {
+                for column in at("x")..at("x") + at("w") {
+                    assert!(
+                        column < 24 && taken.insert((row, column)),
+                        "{}",
+                        panel["title"]
+                    );
+                }
+            }
+            let targets = panel["targets"].as_array().unwrap();
+            assert!(!targets.is_empty());
+            let references = targets
+                .iter()
+                .map(|target| target["refId"].as_str().unwrap());
+            assert!(references.is_sorted_by(|a, b| a < b), "{}", panel["title"]);
+            for target in targets {
+                assert!(
+                    target["expr"]
+                        .as_str()
+                        .unwrap()
+                        .contains("instance=~\"$instance\"")
+                );
+            }
+        }
+    }
+
+    #[test]
     fn promtool_finds_nothing_to_say() {
         let spawned = Command::new("promtool")
             .args(["check", "metrics"])

@@ -227,12 +227,12 @@ impl ModelStore {
         })
     }
 
-    /// Held while the folder changes.
+    /// Held while the folder changes. The folder itself is locked: a file that root made for it would shut the daemon out.
     fn lock(&self) -> Result<File, Failure> {
         fs::create_dir_all(&self.folder)
             .and_then(|()| give_to_owner(&self.folder))
-            .and_then(|()| File::create(self.folder.join("lock")))
-            .and_then(|file| file.lock().map(|()| file))
+            .and_then(|()| File::open(&self.folder))
+            .and_then(|folder| folder.lock().map(|()| folder))
             .with_context(|| format!("{}", self.folder.display()))
             .map_err(failure(Exit::CannotWrite))
     }
@@ -376,6 +376,21 @@ wLMDjy9FLAuxZ3q4NlEvkgtyhrr0gtTu6KC4KBJdITbbOeAi1zBIYo0v4iTgt8jJpIidRJnp94ABQkJA
         let models = fs::read_dir(&store.folder).unwrap().flatten();
         let n_models = models.filter(|file| file.path().extension().is_some_and(|e| e == "onnx"));
         assert_eq!(n_models.count(), MAX_KEPT);
+    }
+
+    #[test]
+    fn nothing_in_the_folder_shuts_out_the_daemon_when_root_installs() {
+        let (_folder, store) = store();
+        let entry = install(&store, b"one");
+        let mut names: Vec<_> = fs::read_dir(&store.folder)
+            .unwrap()
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        // Each was given to the folder's owner; a file of another kind would be one that nobody gave.
+        let mut given = [format!("{}.onnx", entry.digest), "state.json".to_owned()];
+        given.sort();
+        assert_eq!(names, given);
     }
 
     #[test]
