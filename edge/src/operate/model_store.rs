@@ -211,16 +211,24 @@ impl ModelStore {
         }
     }
 
-    /// The model has served, or the daemon stops in order: no crash can be its fault.
+    /// The model with this digest has served, or the daemon that runs it stops in order: no crash can be its fault. One that was installed
+    /// beside it, and has yet to be started, stays on trial.
     ///
     /// # Errors
     /// `CannotWrite`.
-    pub(crate) fn confirm(&self) -> Result<(), Failure> {
-        if self.state()?.trial_starts.is_none() {
+    pub(crate) fn confirm(&self, digest: &str) -> Result<(), Failure> {
+        let is_it = |state: &State| {
+            let current = state.current.as_ref();
+            state.trial_starts.is_some() && current.is_some_and(|current| current.digest == digest)
+        };
+        if !is_it(&self.state()?) {
             return Ok(());
         }
         let _lock = self.lock()?;
         let state = self.state()?;
+        if !is_it(&state) {
+            return Ok(());
+        }
         self.replace_state(&State {
             trial_starts: None,
             ..state
@@ -413,8 +421,8 @@ wLMDjy9FLAuxZ3q4NlEvkgtyhrr0gtTu6KC4KBJdITbbOeAi1zBIYo0v4iTgt8jJpIidRJnp94ABQkJA
     #[test]
     fn a_model_that_cannot_be_loaded_at_start_gives_way_to_the_one_before() {
         let (_folder, store) = store();
-        install(&store, b"one");
-        store.confirm().unwrap();
+        let one = install(&store, b"one");
+        store.confirm(&one.digest).unwrap();
         install(&store, b"two");
         let load = |path: Option<&Path>| match fs::read(path.unwrap()).unwrap().as_slice() {
             b"two" => Err(failure(Exit::FailedCheck)(anyhow!("self-test"))),
@@ -437,15 +445,17 @@ wLMDjy9FLAuxZ3q4NlEvkgtyhrr0gtTu6KC4KBJdITbbOeAi1zBIYo0v4iTgt8jJpIidRJnp94ABQkJA
     #[test]
     fn a_model_that_crashes_the_daemon_twice_gives_way() {
         let (_folder, store) = store();
-        install(&store, b"one");
-        store.confirm().unwrap();
+        let one = install(&store, b"one");
+        store.confirm(&one.digest).unwrap();
         install(&store, b"two");
+        // The daemon that runs the first stops in order, to start with the second.
+        store.confirm(&one.digest).unwrap();
         for _ in 0..MAX_TRIAL_STARTS {
             assert_eq!(current(&store), "two");
         }
         assert_eq!(current(&store), "one");
-        install(&store, b"three");
-        store.confirm().unwrap();
+        let three = install(&store, b"three");
+        store.confirm(&three.digest).unwrap();
         for _ in 0..5 {
             assert_eq!(current(&store), "three", "confirmed");
         }

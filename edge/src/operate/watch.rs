@@ -172,7 +172,8 @@ async fn forget(node: &Arc<NodeState>) {
 
 async fn confirm(node: &Arc<NodeState>) {
     let models = node.models.clone();
-    match tokio::task::spawn_blocking(move || models.confirm()).await {
+    let digest = node.model.borrow().digest.clone();
+    match tokio::task::spawn_blocking(move || models.confirm(&digest)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::error!(%error, "the model cannot be confirmed"),
         Err(error) => tracing::error!(%error, "the model cannot be confirmed"),
