@@ -47,7 +47,7 @@ impl Entry {
                     self.give_budget_back();
                     self.shared.queue.keep_buffer(buffer);
                     stream.append(bytes)?;
-                    Body::Streamed(stream)
+                    Body::Streamed(Box::new(stream))
                 }
             }
             Body::Streamed(mut stream) => {

@@ -143,7 +143,7 @@ struct Shared {
 /// Where an object lies.
 #[derive(Clone, Debug)]
 struct Place {
-    segment: Arc<Segment>,
+    path: Arc<Path>,
     offset: u64,
     object_bytes: u64,
     received_ms: i64,
@@ -274,7 +274,7 @@ impl Spool {
     /// There is no such object, or its block cannot be read.
     pub(crate) fn header(&self, sequence: u64) -> Result<Header, SpoolError> {
         let place = self.place(sequence)?;
-        let record = place.segment.record(place.offset)?;
+        let record = Segment::open(place.path)?.record(place.offset)?;
         record
             .map(|record| record.header)
             .filter(|header| header.sequence == sequence)
@@ -287,7 +287,7 @@ impl Spool {
     /// There is no such object, or its file cannot be opened.
     pub(crate) fn object(&self, sequence: u64) -> Result<(File, u64, u64), SpoolError> {
         let place = self.place(sequence)?;
-        let file = File::open(&place.segment.path)?;
+        let file = File::open(&place.path)?;
         Ok((file, place.offset + BLOCK_BYTES as u64, place.object_bytes))
     }
 
@@ -442,9 +442,9 @@ impl Shared {
 }
 
 impl Place {
-    fn new(segment: Arc<Segment>, offset: u64, record: &Record) -> Self {
+    fn new(path: Arc<Path>, offset: u64, record: &Record) -> Self {
         Self {
-            segment,
+            path,
             offset,
             object_bytes: record.object_bytes,
             received_ms: record.header.received_ms,

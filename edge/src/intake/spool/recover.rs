@@ -13,7 +13,7 @@ pub(super) struct Recovered {
     pub(super) next_sequence: u64,
     pub(super) next_object: u64,
     /// A segment without a record, whose number is the next sequence.
-    pub(super) empty: Option<Arc<Segment>>,
+    pub(super) empty: Option<Segment>,
 }
 
 /// Reads the folder.
@@ -33,7 +33,7 @@ pub(super) fn recover(folder: &Path) -> Result<Recovered, SpoolError> {
         empty: None,
     };
     for name in names {
-        let segment = Arc::new(Segment::open(name.path(folder))?);
+        let segment = Segment::open(name.path(folder).into())?;
         let is_last = Some(name) == last_segment;
         let check = if is_last {
             Check::Objects
@@ -57,13 +57,13 @@ pub(super) fn recover(folder: &Path) -> Result<Recovered, SpoolError> {
         for one in found {
             let sequence = one.record.header.sequence;
             recovered.next_sequence = recovered.next_sequence.max(sequence + 1);
-            let place = Place::new(Arc::clone(&segment), one.offset, &one.record);
+            let place = Place::new(Arc::clone(&segment.path), one.offset, &one.record);
             recovered.index.insert(sequence, place);
         }
     }
     // Its name must be the next sequence; objects with files of their own may have gone beyond it.
     if let Some(segment) = recovered.empty.take() {
-        if segment.path == Name::Segment(recovered.next_sequence).path(folder) {
+        if *segment.path == Name::Segment(recovered.next_sequence).path(folder) {
             recovered.empty = Some(segment);
         } else {
             segment.remove();

@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
@@ -18,10 +19,10 @@ const OBJECT: &str = "object";
 /// Bytes read at a time when an object is checked.
 const CHECK_BYTES: usize = 256 << 10;
 
-/// A file of the spool.
+/// A file of the spool that is open. Only what is being written stays so: a month of large objects would use up the process's descriptors.
 #[derive(Debug)]
 pub(super) struct Segment {
-    pub(super) path: PathBuf,
+    pub(super) path: Arc<Path>,
     pub(super) file: File,
 }
 
@@ -48,6 +49,11 @@ pub(super) enum Check {
     Blocks,
     /// It was being written: objects are checked, and what is torn is cut.
     Objects,
+}
+
+/// Deletes a file of the spool. One that is gone already is as good.
+pub(super) fn remove(path: &Path) {
+    drop(std::fs::remove_file(path));
 }
 
 impl Name {
@@ -80,7 +86,10 @@ impl Segment {
             .create_new(true)
             .mode(0o600)
             .open(&path)?;
-        let segment = Self { path, file };
+        let segment = Self {
+            path: path.into(),
+            file,
+        };
         if let Err(error) = segment.reserve(reserve_bytes) {
             segment.remove();
             return Err(error);
@@ -88,7 +97,7 @@ impl Segment {
         Ok(segment)
     }
 
-    pub(super) fn open(path: PathBuf) -> io::Result<Self> {
+    pub(super) fn open(path: Arc<Path>) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
         Ok(Self { path, file })
     }
@@ -118,7 +127,7 @@ impl Segment {
 
     /// Deletes the file. One that is gone already is as good.
     pub(super) fn remove(&self) {
-        drop(std::fs::remove_file(&self.path));
+        remove(&self.path);
     }
 
     /// Finds the records, and with [`Check::Objects`] cuts the torn ones.

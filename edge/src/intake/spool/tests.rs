@@ -130,6 +130,25 @@ fn a_large_object_becomes_durable_while_it_comes() {
 }
 
 #[test]
+fn objects_that_are_stored_hold_no_descriptors() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = open(folder.path());
+    for index in 0..20 {
+        put(&spool, &format!("1.{index}"), &bytes(index, 5 << 20));
+        put(&spool, &format!("2.{index}"), &bytes(index, 700_000));
+    }
+    let n_files = std::fs::read_dir(folder.path()).unwrap().count();
+    assert!(n_files > 30, "{n_files}");
+    let open_files = std::fs::read_dir("/proc/self/fd").unwrap();
+    let ours = open_files
+        .flatten()
+        .filter_map(|one| std::fs::read_link(one.path()).ok())
+        .filter(|path| path.starts_with(folder.path()));
+    // The folder for its lock, and the segment that is being written.
+    assert_eq!(ours.count(), 2);
+}
+
+#[test]
 fn streamed_object_without_a_commit_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let spool = open(folder.path());

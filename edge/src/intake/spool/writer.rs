@@ -2,9 +2,10 @@
 //!
 //! One writer makes sequence, place in the file and order of durability the same thing, so only what was never acknowledged can be torn.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -12,7 +13,7 @@ use heapless::Deque;
 use tokio::sync::{Notify, oneshot};
 
 use super::record::{Record, record_bytes};
-use super::segment::{Name, Segment};
+use super::segment::{Name, Segment, remove};
 use super::{Place, STREAM_CHUNK_BYTES, Shared, SpoolError, lock};
 
 /// Objects that may wait for the writer; who comes then waits to enqueue.
@@ -49,13 +50,13 @@ pub(super) enum Body {
     /// In memory, behind room for the block.
     Buffered(Vec<u8>),
     /// In a file of its own.
-    Streamed(Stream),
+    Streamed(Box<Stream>),
 }
 
 /// A file that is being written. Dropped before it is adopted, it is removed.
 #[derive(Debug)]
 pub(super) struct Stream {
-    segment: Arc<Segment>,
+    segment: Segment,
     is_adopted: bool,
     waiting: Vec<u8>,
     written_bytes: u64,
@@ -66,7 +67,7 @@ pub(super) struct Stream {
 impl Stream {
     pub(super) fn new(segment: Segment) -> Self {
         Self {
-            segment: Arc::new(segment),
+            segment,
             is_adopted: false,
             waiting: Vec::with_capacity(STREAM_CHUNK_BYTES),
             written_bytes: 0,
@@ -221,13 +222,13 @@ struct Writer<'a> {
 }
 
 struct Active {
-    segment: Arc<Segment>,
+    segment: Segment,
     end: u64,
     reserved_bytes: u64,
 }
 
 /// Works until the queue is closed.
-pub(super) fn run(shared: &Shared, next_sequence: u64, empty: Option<Arc<Segment>>) {
+pub(super) fn run(shared: &Shared, next_sequence: u64, empty: Option<Segment>) {
     let mut writer = Writer {
         shared,
         next_sequence,
@@ -281,7 +282,7 @@ impl Writer<'_> {
                 }
                 Body::Streamed(stream) => {
                     is_folder_changed = true;
-                    self.adopt(&pending.record, stream)
+                    self.adopt(&pending.record, *stream)
                 }
             };
             if place.is_ok() {
@@ -310,7 +311,7 @@ impl Writer<'_> {
         }
         let active = self.active.as_mut().ok_or(SpoolError::Closed)?;
         active.segment.file.write_all_at(&buffer, active.end)?;
-        let place = Place::new(Arc::clone(&active.segment), active.end, record);
+        let place = Place::new(Arc::clone(&active.segment.path), active.end, record);
         active.end += bytes;
         let written = buffer.len() as u64;
         self.shared
@@ -322,15 +323,16 @@ impl Writer<'_> {
 
     /// Gives a streamed object, which is durable, its block.
     fn adopt(&self, record: &Record, mut stream: Stream) -> Result<Place, SpoolError> {
-        let segment = Arc::clone(&stream.segment);
+        let segment = &stream.segment;
         segment.file.write_all_at(&record.encode(), 0)?;
         self.shared.sync(&segment.file)?;
+        let place = Place::new(Arc::clone(&segment.path), 0, record);
         stream.is_adopted = true;
         let written = record.object_bytes + 2 * super::BLOCK_BYTES as u64;
         self.shared
             .written_bytes
             .fetch_add(written, Ordering::Relaxed);
-        Ok(Place::new(segment, 0, record))
+        Ok(place)
     }
 
     fn make_durable(
@@ -397,7 +399,7 @@ impl Writer<'_> {
         let name = Name::Segment(self.next_sequence);
         let segment = Segment::create(&self.shared.folder, name, reserved_bytes)?;
         self.active = Some(Active {
-            segment: Arc::new(segment),
+            segment,
             end: 0,
             reserved_bytes,
         });
@@ -418,27 +420,27 @@ impl Writer<'_> {
     }
 
     fn purge(&mut self, sequences: &[u64]) -> Result<(), SpoolError> {
-        let mut touched: BTreeMap<_, Arc<Segment>> = BTreeMap::new();
+        let mut touched: BTreeSet<Arc<Path>> = BTreeSet::new();
         for sequence in sequences {
             let place = lock(&self.shared.index).remove(sequence);
             let Some(place) = place else { continue };
             let bytes = record_bytes(place.object_bytes);
             self.shared.used_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            place.segment.punch(place.offset, place.object_bytes)?;
-            touched.insert(Arc::as_ptr(&place.segment), place.segment);
+            Segment::open(Arc::clone(&place.path))?.punch(place.offset, place.object_bytes)?;
+            touched.insert(place.path);
         }
         for place in lock(&self.shared.index).values() {
-            touched.remove(&Arc::as_ptr(&place.segment));
+            touched.remove(&place.path);
         }
-        let emptied: Vec<Arc<Segment>> = touched.into_values().collect();
+        let emptied = touched;
         if emptied.is_empty() {
             return Ok(());
         }
         // The number of the newest segment is what sequences go on from, so a new one comes before an old one goes.
         self.rotate(0)?;
         self.shared.folder_file.sync_all()?;
-        for segment in emptied {
-            segment.remove();
+        for path in emptied {
+            remove(&path);
         }
         Ok(())
     }
