@@ -111,7 +111,7 @@ impl Judge {
             top: top(&slices),
             slices,
             not_judged: study.not_judged.iter().map(other_series).collect(),
-            remarks: self.remarks(&study, rows),
+            remarks: self.remarks(&study, rows, is_complete),
             n_other_objects: others.len() as u64,
             model: self.model.clone(),
             patient: patient(&study, rows, elements),
@@ -304,44 +304,47 @@ impl Judge {
             .count()
     }
 
-    fn remarks(&self, study: &Study, rows: &Rows) -> Vec<String> {
-        let mut remarks = remarks(study, rows, &self.limits);
+    fn remarks(&self, study: &Study, rows: &Rows, is_complete: bool) -> Vec<String> {
+        let mut remarks = remarks(rows);
+        // While slices come, in whatever order, a gap means nothing.
+        let judged = study.judged.as_ref().filter(|_| is_complete);
+        if let Some(mm) = judged.and_then(|series| series.gap_mm(&self.limits)) {
+            remarks.push(format!(
+                "{mm:.1} mm of the judged series have no analysed slice"
+            ));
+        }
         let n_unassigned = self.n_unassigned(rows);
         if n_unassigned > 0 {
+            let objects = counted(n_unassigned, "object");
             remarks.push(format!(
-                "{n_unassigned} objects came among those of this study that are deleted, or cannot be read and name no study: they may be missing here"
+                "{objects} came among those of this study and may be missing here: deleted, or of no study that can be read"
             ));
         }
         remarks
     }
 }
 
-fn remarks(study: &Study, rows: &Rows, limits: &Limits) -> Vec<String> {
+fn remarks(rows: &Rows) -> Vec<String> {
     let mut remarks = Vec::new();
     let mut count = |n: usize, text: &str| {
         if n > 0 {
-            remarks.push(format!("{n} {text}"));
+            remarks.push(format!("{} {text}", counted(n, "slice")));
         }
     };
     let images = || rows.values().filter(|row| is_image(&row.sop_class_uid));
     count(
         images().filter(|row| row.is_replaced).count(),
-        "slices came again under the same UID with other pixels and were analysed anew",
+        "came again under the same UID with other pixels, analysed anew",
     );
     count(
         images().filter(|row| row.is_spoilt).count(),
-        "slices came again in a form that cannot be analysed; the answer for what came before stands",
+        "came again in a form that cannot be analysed; the answer for what came before stands",
     );
-    if let Some(mm) = study
-        .judged
-        .as_ref()
-        .and_then(|series| series.gap_mm(limits))
-    {
-        remarks.push(format!(
-            "{mm:.1} mm of the judged series have no analysed slice"
-        ));
-    }
     remarks
+}
+
+fn counted(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Patient and study attributes of the object that came last, of the judged series where there is one: a correction wins.

@@ -295,10 +295,15 @@ pub(crate) fn words(result: &StudyResult) -> String {
     let (analysed, all) = (result.n_analysed(), result.slices.len());
     let mut words = match &result.outcome {
         Outcome::Pending => "Nothing can be said yet.".to_owned(),
-        Outcome::Positive => format!("Suspected; {analysed} of {all} slices analysed."),
+        Outcome::Positive if result.state == State::Complete => {
+            format!("Suspected; {analysed} of {all} slices analysed.")
+        }
+        Outcome::Positive => {
+            format!("Suspected, provisional; {analysed} of {all} slices analysed so far.")
+        }
         Outcome::NotDetected => format!("Not detected on {analysed} of {all} slices."),
         Outcome::NotAnalysed { message, .. } => {
-            format!("Not analysed: {message} {analysed} of {all} slices analysed.")
+            format!("Not analysed: {message}. {analysed} of {all} slices analysed.")
         }
     };
     if result.n_not_analysed() > 0 {
@@ -306,8 +311,7 @@ pub(crate) fn words(result: &StudyResult) -> String {
         words.push_str(&format!(" {left} could not be analysed."));
     }
     for remark in &result.remarks {
-        words.push(' ');
-        words.push_str(remark);
+        words.push_str(&format!(" {remark}."));
     }
     if result.is_lossy {
         words.push_str(" Some slices came lossily compressed.");
@@ -369,6 +373,23 @@ mod tests {
     fn the_same_result_is_the_same_bytes() {
         let bytes = |result: &StudyResult| report_of(result).encode(Syntax::Explicit);
         assert_eq!(bytes(&sample::positive()), bytes(&sample::positive()));
+    }
+
+    #[test]
+    fn the_words_are_whole_sentences_and_say_what_is_provisional() {
+        let mut result = sample::provisional();
+        result.remarks = vec!["2 slices came again".to_owned()];
+        assert_eq!(
+            words(&result),
+            "Suspected, provisional; 4 of 4 slices analysed so far. 2 slices came again. Demonstration model, trained on synthetic data. Research use only, not a medical device."
+        );
+        result.state = State::Complete;
+        assert!(words(&result).starts_with("Suspected; 4 of 4 slices analysed. "));
+        result.outcome = Outcome::NotAnalysed {
+            code: "gap".to_owned(),
+            message: "a gap".to_owned(),
+        };
+        assert!(words(&result).starts_with("Not analysed: a gap. 4 of 4 slices analysed. "));
     }
 
     #[test]

@@ -85,7 +85,7 @@ fn a_bad_copy_does_not_take_a_good_answer_away() {
     bench.receive(&[Slice::new("1.2", 3, 0.0).refused("truncated")]);
     let result = bench.complete();
     assert_eq!(result.words(), "not detected on 60 of 60 slices");
-    assert!(result.remarks[0].starts_with("1 slices came again in a form"));
+    assert!(result.remarks[0].starts_with("1 slice came again in a form"));
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn an_object_that_names_no_study_is_remarked_on_the_study_among_which_it_came() 
     let result = bench.complete();
     assert_eq!(result.words(), "not detected on 59 of 59 slices");
     assert!(
-        result.remarks[0].contains("name no study"),
+        result.remarks[0].contains("of no study that can be read"),
         "{:?}",
         result.remarks
     );

@@ -199,7 +199,8 @@ fn a_study_that_is_decided_again_from_a_part_of_its_slices_says_so() {
     bench.receive(&series("1.2", 1.0)[10..]);
     let result = bench.complete();
     assert!(
-        result.remarks[0].starts_with("10 objects came among those of this study that are deleted"),
+        result.remarks[0]
+            .starts_with("10 objects came among those of this study and may be missing"),
         "{:?}",
         result.remarks
     );

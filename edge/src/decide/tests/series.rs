@@ -112,6 +112,7 @@ fn a_gap_forbids_not_detected_but_takes_no_positive_away() {
     assert_eq!(codes(&result.outcome), "gap");
     let mut bench = Bench::new();
     bench.receive(&with_gap(1.0));
+    assert_eq!(bench.result().remarks, [] as [String; 0], "more may come");
     let result = bench.complete();
     assert_eq!(codes(&result.outcome), "positive");
     assert!(result.remarks[0].contains("no analysed slice"));
