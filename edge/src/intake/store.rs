@@ -119,6 +119,9 @@ fn refuse(error: &SpoolError) -> Refusal {
         SpoolError::Quota { .. } | SpoolError::DiskFull { .. } | SpoolError::TooMany => {
             Refusal::new(Status::OutOfResources, "no room for more objects")
         }
+        SpoolError::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            Refusal::new(Status::OutOfResources, "no room for more objects")
+        }
         _ => {
             tracing::error!(%error, "object not stored");
             Refusal::new(Status::OutOfResources, "the medium failed")

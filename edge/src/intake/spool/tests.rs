@@ -306,6 +306,24 @@ fn full_spool_refuses_and_takes_again_after_a_purge() {
 }
 
 #[test]
+fn deleting_takes_no_room() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir().unwrap();
+    let spool = open(folder.path());
+    put(&spool, "1", &bytes(1, 50_000));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    runtime.block_on(spool.purge(sequences(&spool))).unwrap();
+    // The segment that sequences go on from: on a full disk no blocks can be had for it.
+    let next = only_file(folder.path(), "segment").metadata().unwrap();
+    assert_eq!((next.len(), next.blocks()), (0, 0));
+    put(&spool, "2", &bytes(2, 50_000));
+    let next = only_file(folder.path(), "segment").metadata().unwrap();
+    assert_eq!(next.len(), limits().segment_bytes);
+}
+
+#[test]
 fn sequences_go_on_after_everything_was_purged() {
     let folder = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -387,9 +387,12 @@ impl Writer<'_> {
         }
     }
 
-    /// Begins a segment with room for a record of `bytes`.
+    /// Begins a segment with room for a record of `bytes`; for none it takes no blocks, so that deleting works on a full disk.
     fn rotate(&mut self, bytes: u64) -> Result<(), SpoolError> {
-        let reserved_bytes = lock(&self.shared.limits).segment_bytes.max(bytes);
+        let reserved_bytes = match bytes {
+            0 => 0,
+            _ => lock(&self.shared.limits).segment_bytes.max(bytes),
+        };
         if let Some(active) = self.active.as_mut().filter(|active| active.end == 0) {
             active.segment.reserve(reserved_bytes)?;
             active.reserved_bytes = reserved_bytes;
