@@ -72,27 +72,41 @@ impl Default for Histogram {
 impl Histogram {
     /// Counts `values`; NaN and infinities are left out.
     pub fn add(&mut self, values: &[f32]) {
-        let finite = || values.iter().copied().filter(|value| value.is_finite());
-        let (low, high) = finite().fold((0.0_f32, 0.0_f32), |(low, high), value| {
-            (low.min(value), high.max(value))
-        });
-        self.low = self.low.min(low);
-        self.high = self.high.max(high);
-        self.widen(high.max(-low));
-        if self.limit <= 0.0 {
-            self.zeros += values.len() as u64;
-            self.count += values.len() as u64;
-            return;
+        let extent = Extent::of(values);
+        if extent.n_finite < values.len() {
+            let finite = values.iter().copied().filter(|value| value.is_finite());
+            return self.add(&finite.collect::<Vec<f32>>());
         }
+        self.low = self.low.min(extent.low);
+        self.high = self.high.max(extent.high);
+        self.widen(extent.high.max(-extent.low));
+        self.zeros += extent.n_zeros as u64;
+        self.count += values.len() as u64;
+        if self.limit > 0.0 {
+            self.count_bins(values);
+            self.bins[BINS / 2] -= extent.n_zeros as u64;
+        }
+    }
+
+    /// Counts finite values, zeros among them, each in its bin.
+    fn count_bins(&mut self, values: &[f32]) {
+        const BLOCK: usize = 64;
         let half = (BINS / 2) as f32;
         let per_unit = half / self.limit;
-        for value in finite() {
-            self.count += 1;
-            if value == 0.0 {
-                self.zeros += 1;
-            } else {
-                self.bins[bin(value, per_unit, half)] += 1;
+        // Two tables: neighbours are often in one bin, and then wait for each other in one table.
+        let mut tables = vec![[0_u32; BINS]; 2];
+        for block in values.chunks(BLOCK) {
+            let mut bins = [0_u16; BLOCK];
+            for (bin, &value) in bins.iter_mut().zip(block) {
+                *bin = bin_of(value, per_unit, half);
             }
+            for (index, &bin) in bins[..block.len()].iter().enumerate() {
+                tables[index % 2][usize::from(bin)] += 1;
+            }
+        }
+        let [first, second] = &tables[..] else { return };
+        for (bin, (a, b)) in self.bins.iter_mut().zip(first.iter().zip(second)) {
+            *bin += u64::from(*a) + u64::from(*b);
         }
     }
 
@@ -285,13 +299,52 @@ fn divergence(counts: &[f64], n_kept: usize) -> f64 {
     sum
 }
 
+/// What a pass over the values shows at once.
+struct Extent {
+    /// At most 0.
+    low: f32,
+    /// At least 0.
+    high: f32,
+    n_zeros: usize,
+    n_finite: usize,
+}
+
+impl Extent {
+    fn of(values: &[f32]) -> Self {
+        const LANES: usize = 16;
+        let (mut low, mut high) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        let (mut zeros, mut finite) = ([0_u32; LANES], [0_u32; LANES]);
+        let (blocks, rest) = values.as_chunks::<LANES>();
+        let mut last = [0.0; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        for block in blocks.iter().chain(std::iter::once(&last)) {
+            for lane in 0..LANES {
+                let value = block[lane];
+                low[lane] = low[lane].min(value);
+                high[lane] = high[lane].max(value);
+                zeros[lane] += u32::from(value == 0.0);
+                finite[lane] += u32::from(value.is_finite());
+            }
+        }
+        let n_padding = LANES - rest.len();
+        let total =
+            |counts: [u32; LANES]| counts.iter().map(|&n| n as usize).sum::<usize>() - n_padding;
+        Self {
+            low: low.into_iter().fold(0.0, f32::min),
+            high: high.into_iter().fold(0.0, f32::max),
+            n_zeros: total(zeros),
+            n_finite: total(finite),
+        }
+    }
+}
+
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "the product lies within 0..=BINS, and the cast saturates"
 )]
-fn bin(value: f32, per_unit: f32, half: f32) -> usize {
-    ((value * per_unit + half) as usize).min(BINS - 1)
+fn bin_of(value: f32, per_unit: f32, half: f32) -> u16 {
+    ((value * per_unit + half) as u16).min(BINS as u16 - 1)
 }
 
 #[expect(

@@ -79,11 +79,13 @@ impl Builder<'_> {
                 } else {
                     None
                 };
-                Operation::Convolution(Convolution {
-                    weight,
-                    bias,
-                    window,
-                })
+                if bias
+                    .as_ref()
+                    .is_some_and(|bias| bias.values.len() != weight.shape[0])
+                {
+                    return Err(unsupported("has a bias of another length"));
+                }
+                Operation::Convolution(Convolution::new(weight, bias, window))
             }
             "MaxPool" | "AveragePool" if node.int("ceil_mode", 0) == 0 => {
                 let kernel: Vec<usize> = node

@@ -1,7 +1,8 @@
-//! Convolution: the input unfolded in blocks of rows, and one matrix product a block.
+//! Convolution: by tiles where [`super::winograd`] takes it, else the input unfolded in blocks of rows, and one matrix product a block.
 
 use std::sync::Arc;
 
+use super::winograd::Winograd;
 use super::{Tensor, Window, image_shape};
 
 /// Floats that one block of unfolded convolution input may hold.
@@ -9,59 +10,80 @@ const UNFOLD_FLOATS: usize = 1 << 19;
 
 #[derive(Debug)]
 pub(super) struct Convolution {
-    pub(super) weight: Arc<Tensor>,
-    pub(super) bias: Option<Arc<Tensor>>,
-    pub(super) window: Window,
+    weight: Arc<Tensor>,
+    bias: Option<Arc<Tensor>>,
+    window: Window,
+    winograd: Option<Winograd>,
 }
 
 impl Convolution {
+    pub(super) fn new(weight: Arc<Tensor>, bias: Option<Arc<Tensor>>, window: Window) -> Self {
+        Self {
+            winograd: Winograd::new(&weight, &window),
+            weight,
+            bias,
+            window,
+        }
+    }
+
     pub(super) fn run(&self, input: &Tensor) -> Option<Tensor> {
         let &[n_outputs, n_inputs, ..] = self.weight.shape.as_slice() else {
             return None;
         };
         let (channels, side) = image_shape(input)?;
         let [rows, columns] = self.window.output(side)?;
-        if channels != n_inputs || columns == 0 {
+        if channels != n_inputs || rows * columns == 0 {
             return None;
         }
-        let depth = n_inputs * self.window.kernel[0] * self.window.kernel[1];
-        let mut output = vec![0.0; n_outputs * rows * columns];
-        let rows_a_block = (UNFOLD_FLOATS / (depth * columns)).clamp(1, rows.max(1));
-        let mut unfolded = vec![0.0; depth * rows_a_block * columns];
-        for first_row in (0..rows).step_by(rows_a_block) {
-            let n_rows = rows_a_block.min(rows - first_row);
-            let n_pixels = n_rows * columns;
-            self.unfold(
-                input,
-                side,
-                first_row,
-                [n_rows, columns],
-                &mut unfolded[..depth * n_pixels],
-            );
-            let mut target = Target {
-                values: &mut output,
-                first: first_row * columns,
-                row_stride: rows * columns,
-            };
-            multiply(
-                [n_outputs, n_pixels, depth],
-                &self.weight.values,
-                &unfolded[..depth * n_pixels],
-                &mut target,
-            );
+        // The products are added to the bias.
+        let mut output = Vec::with_capacity(n_outputs * rows * columns);
+        for channel in 0..n_outputs {
+            let bias = self.bias.as_ref().map_or(0.0, |bias| bias.values[channel]);
+            output.resize(output.len() + rows * columns, bias);
         }
-        if let Some(bias) = &self.bias {
-            for (plane, bias) in output
-                .chunks_exact_mut((rows * columns).max(1))
-                .zip(&bias.values)
-            {
-                plane.iter_mut().for_each(|value| *value += bias);
-            }
+        let by_tiles = self.winograd.as_ref().is_some_and(|winograd| {
+            winograd.add(
+                &input.values,
+                side,
+                &self.window,
+                &mut output,
+                [rows, columns],
+            )
+        });
+        if !by_tiles {
+            self.add_directly(input, side, &mut output, [rows, columns]);
         }
         Some(Tensor {
             shape: vec![n_outputs, rows, columns],
             values: output,
         })
+    }
+
+    /// Adds the sums to `output`, a block of rows at a time.
+    fn add_directly(
+        &self,
+        input: &Tensor,
+        side: [usize; 2],
+        output: &mut [f32],
+        [rows, columns]: [usize; 2],
+    ) {
+        let n_outputs = output.len() / (rows * columns);
+        let depth = self.weight.values.len() / n_outputs.max(1);
+        let rows_a_block = (UNFOLD_FLOATS / (depth * columns)).clamp(1, rows);
+        let mut unfolded = vec![0.0; depth * rows_a_block * columns];
+        for first_row in (0..rows).step_by(rows_a_block) {
+            let n_rows = rows_a_block.min(rows - first_row);
+            let n_pixels = n_rows * columns;
+            let unfolded = &mut unfolded[..depth * n_pixels];
+            self.unfold(input, side, first_row, [n_rows, columns], unfolded);
+            let mut target = Target {
+                values: &mut *output,
+                first: first_row * columns,
+                row_stride: rows * columns,
+            };
+            let shape = [n_outputs, n_pixels, depth];
+            add_product(shape, &self.weight.values, unfolded, &mut target);
+        }
     }
 
     /// `unfolded [channel x kernel row x kernel column, output row x output column]` of a block of output rows.
@@ -110,13 +132,13 @@ impl Convolution {
 }
 
 /// Where a product goes: rows of `values`, `row_stride` apart, from element `first` on.
-struct Target<'a> {
-    values: &'a mut [f32],
-    first: usize,
-    row_stride: usize,
+pub(super) struct Target<'a> {
+    pub(super) values: &'a mut [f32],
+    pub(super) first: usize,
+    pub(super) row_stride: usize,
 }
 
-/// `target = left [m, k] x right [k, n]`, single-threaded; callers run images in parallel.
+/// `target += left [m, k] x right [k, n]`, single-threaded; callers run images in parallel.
 ///
 /// # Panics
 ///
@@ -125,7 +147,12 @@ struct Target<'a> {
     unsafe_code,
     reason = "the one call of the matrix kernel, which takes pointers"
 )]
-fn multiply([m, n, k]: [usize; 3], left: &[f32], right: &[f32], target: &mut Target<'_>) {
+pub(super) fn add_product(
+    [m, n, k]: [usize; 3],
+    left: &[f32],
+    right: &[f32],
+    target: &mut Target<'_>,
+) {
     assert!(
         left.len() >= m * k && right.len() >= k * n,
         "operands fill their shapes"
@@ -149,14 +176,14 @@ fn multiply([m, n, k]: [usize; 3], left: &[f32], right: &[f32], target: &mut Tar
             values.as_mut_ptr(),
             1,
             stride(target.row_stride),
-            false,
+            true,
             left.as_ptr(),
             1,
             stride(k),
             right.as_ptr(),
             1,
             stride(n),
-            0.0,
+            1.0,
             1.0,
             false,
             false,

@@ -10,6 +10,7 @@ mod build;
 mod convolution;
 mod pool;
 mod step;
+mod winograd;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -14,6 +14,14 @@ impl Pool {
         let (channels, side) = image_shape(input)?;
         let [rows, columns] = self.window.output(side)?;
         let mut values = Vec::with_capacity(channels * rows * columns);
+        if self.halves() {
+            let planes = input.values.chunks_exact((side[0] * side[1]).max(1));
+            planes.for_each(|plane| halve(plane, side[1], &mut values));
+            return Some(Tensor {
+                shape: vec![channels, rows, columns],
+                values,
+            });
+        }
         for plane in input.values.chunks_exact((side[0] * side[1]).max(1)) {
             for row in 0..rows {
                 let rows_in = self.reach(0, row, side[0]);
@@ -31,6 +39,16 @@ impl Pool {
             shape: vec![channels, rows, columns],
             values,
         })
+    }
+
+    /// Whether this is a maximum over 2x2 windows that touch.
+    fn halves(&self) -> bool {
+        let Window {
+            kernel,
+            strides,
+            pads,
+        } = self.window;
+        !self.is_average && (kernel, strides, pads) == ([2, 2], [2, 2], [0; 4])
     }
 
     /// Input positions under output position `index` along `axis`.
@@ -66,6 +84,15 @@ impl Pool {
             n_inside
         };
         under.sum::<f32>() / n as f32
+    }
+}
+
+/// Appends the largest value of each 2x2 window of a plane; an odd last row or column is dropped.
+fn halve(plane: &[f32], n_columns: usize, values: &mut Vec<f32>) {
+    for rows in plane.chunks_exact(2 * n_columns) {
+        let (top, bottom) = rows.split_at(n_columns);
+        let pairs = top.as_chunks::<2>().0.iter().zip(bottom.as_chunks::<2>().0);
+        values.extend(pairs.map(|([a, b], [c, d])| a.max(*b).max(c.max(*d))));
     }
 }
 
