@@ -31,8 +31,10 @@ const MATRIX: u16 = 512;
 const TRANSFER_SYNTAX: &str = "1.2.840.10008.1.2.1";
 /// A network this narrow dies of Adam's usual 0.001 while emboli still look like nothing.
 const LEARNING_RATE: f64 = 0.0004;
-/// Sensitivity that the int8 file may lose, percentage points: three of the about one hundred positive slices of the validation part.
-const MARGIN_POINTS: f64 = 3.0;
+/// What `trainer verify --json` prints.
+const VERIFY_FILE: &str = "verify.json";
+/// What `trainer verify --plot` draws.
+const NOISE_FILE: &str = "snr.svg";
 /// Slices on which the gate measures each tensor's noise.
 const N_NOISE_SLICES: usize = 16;
 
@@ -91,26 +93,28 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let evaluation = evaluate::evaluate(&mut float, &cache, Part::Test, split, args.seed)?;
     tell("4/6 export and quantize");
     let files = model_files(args, &cache, &summary.weights, &evaluation)?;
-    tell("5/6 evaluate the int8 file and write the report");
-    let mut int8 = Predictor::open(&files.int8)?;
-    let evaluation = evaluate::evaluate(&mut int8, &cache, Part::Test, split, args.seed)?;
-    evaluate::write_all(&evaluation, &cache, int8.manifest(), out, out)?;
-    tell("6/6 classify with the int8 file");
+    let (path, kind) = files.deployable();
+    tell(&format!(
+        "5/6 evaluate the {kind} file and write the report"
+    ));
+    let mut model = Predictor::open(path)?;
+    let evaluation = evaluate::evaluate(&mut model, &cache, Part::Test, split, args.seed)?;
+    evaluate::write_all(&evaluation, &cache, model.manifest(), out, out)?;
+    tell(&format!("6/6 classify with the {kind} file"));
     let study = held_out_study(args)?;
     let mut text = String::from("\nheld-out synthetic study (with embolus):\n");
-    text += &classify::table(&classify::folder(&mut int8, &study)?, int8.manifest());
+    text += &classify::table(&classify::folder(&mut model, &study)?, model.manifest());
     if let Some(dicom) = &args.dicom {
         text += &format!("\n{}:\n", dicom.display());
-        text += &classify::table(&classify::folder(&mut int8, dicom)?, int8.manifest());
+        text += &classify::table(&classify::folder(&mut model, dicom)?, model.manifest());
     }
-    text += "\nheld-out studies, int8 file through the engine:\n";
+    text += &format!("\nheld-out studies, {kind} file through the engine:\n");
     text += &evaluate::table(&evaluation);
     text += &closing(out, &files, &study, began);
     std::io::stdout().write_all(text.as_bytes())?;
-    Ok(if files.is_good_enough {
-        Exit::Ok.into()
-    } else {
-        Exit::FailedCheck.into()
+    Ok(match files.int8 {
+        Some(_) => Exit::Ok.into(),
+        None => Exit::FailedCheck.into(),
     })
 }
 
@@ -120,18 +124,24 @@ fn closing(out: &Path, files: &Files, study: &Path, began: Instant) -> String {
         |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len().div_ceil(1024));
     let mut text = format!(
         "\ndemonstration model, trained on synthetic data; {RESEARCH_USE}\n\
-         gate f32 against int8: {}\n\n",
+         {}\n",
         files.verdict
     );
+    let int8 = files.int8.clone();
     for (path, what) in [
         (out.join("report.html"), "report, for a browser"),
         (out.join("metrics.json"), "figures with intervals"),
         (out.join("model-card.md"), "intended use, data, limits"),
         (files.float.clone(), "f32 model"),
-        (files.int8.clone(), "int8 model, for the board"),
+    ]
+    .into_iter()
+    .chain(int8.map(|path| (path, "int8 model, for the board")))
+    .chain([
+        (out.join(VERIFY_FILE), "f32 against int8"),
+        (out.join(NOISE_FILE), "signal-to-noise ratio of each tensor"),
         (out.join("cache"), "tensors and index"),
         (study.to_owned(), "the held-out study as DICOM"),
-    ] {
+    ]) {
         text += &format!("{:<34} {what}", path.display());
         if path.is_file() {
             text += &format!(", {} kB", kilobytes(&path));
@@ -142,7 +152,7 @@ fn closing(out: &Path, files: &Files, study: &Path, began: Instant) -> String {
         "\n{:.0} s. Next:\n  cargo run --release -p edge -- classify {} --model {}\n",
         began.elapsed().as_secs_f64(),
         study.display(),
-        files.int8.display()
+        files.deployable().0.display()
     );
     text
 }
@@ -183,9 +193,19 @@ fn options(args: &DemoArgs) -> TrainOptions {
 /// The model files and what the gate says.
 struct Files {
     float: PathBuf,
-    int8: PathBuf,
-    is_good_enough: bool,
+    /// `None` where the gate did not let it through.
+    int8: Option<PathBuf>,
     verdict: String,
+}
+
+impl Files {
+    /// The file to go on with, and its kind.
+    fn deployable(&self) -> (&Path, &'static str) {
+        match &self.int8 {
+            Some(int8) => (int8, "int8"),
+            None => (&self.float, "f32"),
+        }
+    }
 }
 
 fn model_files(
@@ -197,41 +217,29 @@ fn model_files(
     let architecture = architecture::find("final").context("the table has a row `final`")?;
     let mut manifest: Manifest = export::new_manifest(architecture, args.width);
     evaluate::complete(&mut manifest, evaluation, cache);
-    write_atomically(
-        &args.out.join("manifest.json"),
-        manifest.to_json().as_bytes(),
-    )?;
-    let (float, int8) = (
-        args.out.join("model.onnx"),
-        args.out.join("model-int8.onnx"),
-    );
+    let out = &args.out;
+    write_atomically(&out.join("manifest.json"), manifest.to_json().as_bytes())?;
+    let (float, int8) = (out.join("model.onnx"), out.join("model-int8.onnx"));
     export::export(weights, &manifest, &float)?;
     let float_bytes = std::fs::read(&float)?;
     let (int8_bytes, _) = quantize::quantize(&float_bytes, cache, &quantize::Options::default())?;
-    let report = verify::verify(
-        &float_bytes,
-        &int8_bytes,
-        cache,
-        MARGIN_POINTS,
-        N_NOISE_SLICES,
-    )?;
-    let deployable = verify::deployable(&int8_bytes, &report, true)?.unwrap_or(int8_bytes);
-    write_atomically(&int8, &deployable)?;
+    let margins = verify::Margins::default();
+    let report = verify::verify(&float_bytes, &int8_bytes, cache, margins, N_NOISE_SLICES)?;
+    let json = serde_json::to_string_pretty(&report)?;
+    write_atomically(&out.join(VERIFY_FILE), json.as_bytes())?;
+    let plot = verify::noise_plot(&report.tensors);
+    write_atomically(&out.join(NOISE_FILE), plot.as_bytes())?;
+    let deployable = verify::deployable(&int8_bytes, &report, false)?;
+    match &deployable {
+        Some(bytes) => write_atomically(&int8, bytes)?,
+        // What an earlier run left there is not this model's.
+        None if int8.exists() => std::fs::remove_file(&int8)?,
+        None => {}
+    }
     Ok(Files {
         float,
-        int8,
-        is_good_enough: report.is_good_enough,
-        verdict: format!(
-            "{}; AUROC on validation {:.4} -> {:.4}, same answer on {:.2} % of slices",
-            if report.is_good_enough {
-                "passed"
-            } else {
-                "FAILED"
-            },
-            report.auroc.float,
-            report.auroc.int8,
-            100.0 * report.agreement
-        ),
+        int8: deployable.is_some().then_some(int8),
+        verdict: verify::text(&report),
     })
 }
 

@@ -12,14 +12,14 @@ use crate::export::write_file;
 
 use super::deploy::deployable;
 use super::plot::noise_plot;
-use super::{DEFAULT_MARGIN_POINTS, Pair, SNR_TARGET_DB, VerifyReport, verify};
+use super::{Margins, Pair, SNR_TARGET_DB, VerifyReport, verify};
 
 /// Arguments of `trainer verify`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(
     after_help = "Examples:\n  trainer verify --float model.onnx --int8 model-int8.onnx --data cache\n  \
     trainer verify --float model.onnx --int8 model-int8.onnx --data cache --out deploy.onnx --plot snr.svg --json\n\n\
-    Exit 1 where sensitivity at the operating point falls by more than the margin. Research use only, not a medical device."
+    Exit 1 where sensitivity or specificity at the operating point falls by more than its margin. Research use only, not a medical device."
 )]
 pub struct VerifyArgs {
     /// The f32 file.
@@ -32,8 +32,11 @@ pub struct VerifyArgs {
     #[arg(long)]
     pub data: PathBuf,
     /// Sensitivity at the operating point that may be lost, in percentage points.
-    #[arg(long, default_value_t = DEFAULT_MARGIN_POINTS, value_parser = margin)]
+    #[arg(long, default_value_t = Margins::default().sensitivity_points, value_parser = points)]
     pub margin: f64,
+    /// Specificity at the operating point that may be lost, in percentage points.
+    #[arg(long, default_value_t = Margins::default().specificity_points, value_parser = points)]
+    pub specificity_margin: f64,
     /// Slices on which the noise of every tensor is measured.
     #[arg(long, default_value_t = 8)]
     pub noise_slices: usize,
@@ -60,13 +63,12 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let read =
         |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
     let (float, int8) = (read(&args.float)?, read(&args.int8)?);
-    let report = verify(
-        &float,
-        &int8,
-        &Cache::open(&args.data)?,
-        args.margin,
-        args.noise_slices,
-    )?;
+    let margins = Margins {
+        sensitivity_points: args.margin,
+        specificity_points: args.specificity_margin,
+    };
+    let cache = Cache::open(&args.data)?;
+    let report = verify(&float, &int8, &cache, margins, args.noise_slices)?;
     if let Some(path) = &args.plot {
         write_file(path, noise_plot(&report.tensors).as_bytes())?;
     }
@@ -89,14 +91,16 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         }
         writeln!(stdout, "{}", shared::RESEARCH_USE)?;
     }
-    Ok(if report.is_good_enough {
+    Ok(if report.faults.is_empty() {
         ExitCode::SUCCESS
     } else {
         Exit::FailedCheck.into()
     })
 }
 
-fn text(report: &VerifyReport) -> String {
+/// The report as lines of text.
+#[must_use]
+pub fn text(report: &VerifyReport) -> String {
     let mut text = String::new();
     let mut line = |content: String| {
         text.push_str(&content);
@@ -155,23 +159,17 @@ fn text(report: &VerifyReport) -> String {
     text
 }
 
-/// What the gate says, with its reason.
+/// What the gate says, with its reasons.
 fn gate(report: &VerifyReport) -> String {
     match &report.operating_point {
         None => "gate: none, without an operating point".to_owned(),
-        Some(_) if report.is_good_enough => "gate: passed".to_owned(),
-        Some(point) if point.sensitivity.change.is_nan() => {
-            "gate: FAILED, no positive slice shows the sensitivity".to_owned()
-        }
-        Some(_) => format!(
-            "gate: FAILED, sensitivity fell by more than {} points",
-            report.margin_points
-        ),
+        Some(_) if report.faults.is_empty() => "gate: passed".to_owned(),
+        Some(_) => format!("gate: FAILED, {}", report.faults.join("; ")),
     }
 }
 
-/// Points of sensitivity that may be lost: 0 to 100.
-fn margin(text: &str) -> Result<f64, String> {
+/// Percentage points that may be lost: 0 to 100.
+fn points(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(points) if (0.0..=100.0).contains(&points) => Ok(points),
         _ => Err("a number of points from 0 to 100 is wanted".to_owned()),
@@ -184,9 +182,9 @@ mod tests {
 
     #[test]
     fn margin_is_a_number_of_points() {
-        assert_eq!(margin("0.5"), Ok(0.5));
+        assert_eq!(points("0.5"), Ok(0.5));
         for text in ["nan", "-5", "101", "x"] {
-            assert!(margin(text).is_err(), "{text}");
+            assert!(points(text).is_err(), "{text}");
         }
     }
 }

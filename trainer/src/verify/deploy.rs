@@ -4,7 +4,7 @@ use shared::manifest::{Level, METADATA_KEY, Metric, Validation};
 
 use crate::onnx;
 
-use super::{Pair, VerifyReport, manifest};
+use super::{Pair, VerifyReport, manifest_of};
 
 /// The int8 file with the report's findings in its manifest: validation, temperature, metrics, and the operating point's figures. `None` where the
 /// gate failed and nobody forced it.
@@ -17,15 +17,15 @@ pub fn deployable(
     report: &VerifyReport,
     is_forced: bool,
 ) -> anyhow::Result<Option<Vec<u8>>> {
-    if !report.is_good_enough && !is_forced {
+    if !report.faults.is_empty() && !is_forced {
         return Ok(None);
     }
     let mut model = onnx::read(int8)?;
-    let mut manifest = manifest(&model)?;
-    manifest.validation = match (&report.operating_point, report.is_good_enough) {
-        (_, false) => Validation::Forced,
-        (None, true) => Validation::Unvalidated,
-        (Some(_), true) => Validation::Validated,
+    let mut manifest = manifest_of(&model)?;
+    manifest.validation = match &report.operating_point {
+        _ if !report.faults.is_empty() => Validation::Forced,
+        None => Validation::Unvalidated,
+        Some(_) => Validation::Validated,
     };
     if report.int8_temperature.is_finite() && report.operating_point.is_some() {
         manifest.temperature = Some(report.int8_temperature);

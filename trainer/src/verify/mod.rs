@@ -3,12 +3,13 @@
 //! In: both files and a cache. Out: on the validation part, the change of AUROC, of sensitivity and specificity at the frozen operating
 //! point with paired bootstrap intervals by study, agreement, the largest change of a logit, the signal-to-noise ratio of every
 //! quantized tensor, a temperature refitted to the int8 logits, sizes. The int8 logits are those of the engine that the
-//! board runs; the f32 logits are [`crate::execute`]'s. The gate: sensitivity at the operating point may fall by a stated margin; beyond it
-//! no deployable file is written, unless forced, and then the manifest says so.
+//! board runs; the f32 logits are [`crate::execute`]'s. The gate: sensitivity and specificity at the operating point may
+//! fall by stated margins; beyond them no deployable file is written, unless forced, and then the manifest says so.
 
 mod command;
 mod compare;
 mod deploy;
+mod gate;
 mod noise;
 mod plot;
 mod temperature;
@@ -27,15 +28,14 @@ use crate::metrics::{Sample, Sorted};
 use crate::onnx::{self, ModelProto};
 use crate::quantize::{EQUALISED, FLOAT_FILE};
 
-pub use command::{VerifyArgs, run};
+pub use command::{VerifyArgs, run, text};
 use compare::Both;
 pub use deploy::deployable;
+pub use gate::Margins;
 use noise::noise;
 pub use plot::noise_plot;
 use temperature::temperature;
 
-/// Sensitivity that quantization may cost, in percentage points, where nothing else is said.
-pub const DEFAULT_MARGIN_POINTS: f64 = 0.5;
 /// A tensor below this signal-to-noise ratio is named in the report.
 pub const SNR_TARGET_DB: f64 = 25.0;
 
@@ -111,10 +111,10 @@ pub struct VerifyReport {
     pub float_temperature: f64,
     /// The same for the int8 logits.
     pub int8_temperature: f64,
-    /// Sensitivity that may be lost, in percentage points.
-    pub margin_points: f64,
-    /// Whether the gate lets the file through; a model without operating point is let through unvalidated.
-    pub is_good_enough: bool,
+    /// What may be lost at the operating point.
+    pub margins: Margins,
+    /// Why the gate does not let the file through; a model without operating point is let through unvalidated.
+    pub faults: Vec<String>,
     /// [`shared::RESEARCH_USE`].
     pub notice: &'static str,
 }
@@ -128,7 +128,7 @@ pub fn verify(
     float: &[u8],
     int8: &[u8],
     cache: &Cache,
-    margin_points: f64,
+    margins: Margins,
     n_noise_slices: usize,
 ) -> anyhow::Result<VerifyReport> {
     let rows = cache.part(Part::Val);
@@ -138,7 +138,7 @@ pub fn verify(
         onnx::read(float).context("the f32 file")?,
         onnx::read(int8).context("the int8 file")?,
     );
-    let manifest = manifest(&int8_model)?;
+    let manifest = manifest_of(&int8_model)?;
     ensure!(
         manifest.precision == Precision::Int8,
         "the int8 file says that it is f32"
@@ -197,10 +197,6 @@ pub fn verify(
         .zip(&int8_logits)
         .filter(|(float, int8)| (**float >= threshold) == (**int8 >= threshold))
         .count();
-    // A sensitivity that does not exist (no positive slice) cannot have fallen, but neither was it shown to stand: it fails.
-    let is_good_enough = operating_point
-        .as_ref()
-        .is_none_or(|point| point.sensitivity.change * 100.0 >= -margin_points);
     Ok(VerifyReport {
         part: "val",
         is_pair_known,
@@ -210,6 +206,7 @@ pub fn verify(
         float_bytes: float.len(),
         int8_bytes: int8.len(),
         auroc,
+        faults: gate::faults(operating_point.as_ref(), margins),
         operating_point,
         agreement: n_alike as f64 / rows.len() as f64,
         max_logit_change: changes().fold(0.0, f64::max),
@@ -219,8 +216,7 @@ pub fn verify(
         n_noise_slices: n_noise_slices.min(rows.len()),
         float_temperature: temperature(both.float.samples()),
         int8_temperature: temperature(both.int8.samples()),
-        margin_points,
-        is_good_enough,
+        margins,
         notice: shared::RESEARCH_USE,
     })
 }
@@ -242,7 +238,12 @@ fn is_pair_known(float: &[u8], int8: &Manifest) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-fn manifest(model: &ModelProto) -> anyhow::Result<Manifest> {
+/// The manifest of a model file.
+///
+/// # Errors
+///
+/// Where it has none that can be read.
+pub(crate) fn manifest_of(model: &ModelProto) -> anyhow::Result<Manifest> {
     Ok(Manifest::from_json(
         model
             .metadata(METADATA_KEY)
@@ -304,7 +305,7 @@ mod tests {
     #[test]
     fn another_f32_file_than_the_int8_files_own_is_refused() {
         let demo = include_bytes!("../../../edge/model/demo.onnx");
-        let mut int8 = manifest(&onnx::read(demo).unwrap()).unwrap();
+        let mut int8 = manifest_of(&onnx::read(demo).unwrap()).unwrap();
         int8.tools.remove(FLOAT_FILE);
         assert!(!is_pair_known(b"f32", &int8).unwrap(), "nothing is said");
         let parent = blake3::hash(b"f32").to_hex().to_string();
