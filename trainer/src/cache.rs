@@ -170,6 +170,19 @@ impl Cache {
         blake3::hash(&both).to_hex().to_string()
     }
 
+    /// Holds the slices to the preprocessing that a model wants.
+    ///
+    /// # Errors
+    /// They were prepared in another way.
+    pub fn check_preprocess(&self, wanted: &PreprocessSpec) -> Result<()> {
+        let found = &self.manifest.preprocess;
+        ensure!(
+            wanted == found,
+            "the model wants {wanted:?}, the cache was made with {found:?}"
+        );
+        Ok(())
+    }
+
     /// Reads everything once and compares it with the manifest.
     ///
     /// # Errors
@@ -252,6 +265,22 @@ mod tests {
         write_atomically(&path, b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn slices_prepared_in_another_way_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = crate::source::Source::phantom(1, 1, 2, 64, false);
+        let masked = PreprocessSpec {
+            body_mask: true,
+            ..PreprocessSpec::default()
+        };
+        let out = folder.path().join("cache");
+        crate::prepare::prepare(&source, &masked, 1, None, &out).unwrap();
+        let cache = Cache::open(&out).unwrap();
+        cache.check_preprocess(&masked).unwrap();
+        let error = cache.check_preprocess(&PreprocessSpec::default());
+        assert!(error.unwrap_err().to_string().contains("body_mask: true"));
     }
 
     #[test]

@@ -32,6 +32,7 @@ use crate::onnx::{
     self, DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
 use crate::provenance;
+use crate::quantization_aware;
 
 /// Name of the input, u8 `[N, 3, 256, 256]`.
 pub const IMAGE: &str = "image";
@@ -788,26 +789,30 @@ fn run_manifest(
     width: f64,
 ) -> anyhow::Result<Manifest> {
     let path = run.join("manifest.json");
-    if !path.exists() {
+    let known = Network::load(weights, &Device::Cpu)?.provenance;
+    let mut manifest = if path.exists() {
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("reading {}", path.display()))?;
+        let manifest =
+            Manifest::from_json(&text).with_context(|| format!("reading {}", path.display()))?;
+        let digest = file_digest(weights)?;
+        ensure!(
+            manifest.tools.get(provenance::WEIGHTS) == Some(&digest),
+            "{} is not of {}: its figures and thresholds are another model's; evaluate these weights (`trainer evaluate --model {}`) or remove it",
+            path.display(),
+            weights.display(),
+            weights.display()
+        );
+        manifest
+    } else {
         let mut manifest = new_manifest(architecture, width);
-        provenance::tell(
-            &Network::load(weights, &Device::Cpu)?.provenance,
-            &mut manifest,
-        )?;
-        return Ok(manifest);
+        provenance::tell(&known, &mut manifest)?;
+        manifest
+    };
+    if let Some(ranges) = known.get(quantization_aware::DIGEST) {
+        let key = quantization_aware::DIGEST.to_owned();
+        manifest.tools.insert(key, ranges.clone());
     }
-    let text =
-        std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let manifest =
-        Manifest::from_json(&text).with_context(|| format!("reading {}", path.display()))?;
-    let digest = file_digest(weights)?;
-    ensure!(
-        manifest.tools.get(provenance::WEIGHTS) == Some(&digest),
-        "{} is not of {}: its figures and thresholds are another model's; evaluate these weights (`trainer evaluate --model {}`) or remove it",
-        path.display(),
-        weights.display(),
-        weights.display()
-    );
     Ok(manifest)
 }
 
@@ -883,7 +888,10 @@ mod tests {
         std::fs::create_dir(&run).unwrap();
         let architecture = architecture::find("vanilla").unwrap();
         let mut network = Network::new(architecture, 0.01, seed, &Device::Cpu).unwrap();
-        network.provenance = BTreeMap::from([("split".to_owned(), "image".to_owned())]);
+        network.provenance = BTreeMap::from([
+            ("split".to_owned(), "image".to_owned()),
+            (quantization_aware::DIGEST.to_owned(), "00".to_owned()),
+        ]);
         network.save(&run.join("model.safetensors")).unwrap();
         run
     }
@@ -902,6 +910,7 @@ mod tests {
         );
         let mut manifest = manifest_of(&own).unwrap();
         assert_eq!(manifest.tools["split"], "image");
+        assert_eq!(manifest.tools[quantization_aware::DIGEST], "00");
         let digest = file_digest(&own.join("model.safetensors")).unwrap();
         manifest
             .tools

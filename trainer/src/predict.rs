@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 use shared::manifest::Manifest;
 use shared::{CHANNELS, SIDE, TENSOR_BYTES};
@@ -106,12 +106,7 @@ impl Predictor {
     pub fn logits(&mut self, cache: &Cache, rows: &[usize]) -> Result<Vec<f32>> {
         provenance::check_preprocess(&self.provenance, cache)?;
         if let Some(manifest) = &self.manifest {
-            ensure!(
-                manifest.preprocess == cache.manifest().preprocess,
-                "the model wants {:?}, the cache was made with {:?}",
-                manifest.preprocess,
-                cache.manifest().preprocess
-            );
+            cache.check_preprocess(&manifest.preprocess)?;
         }
         let progress = Progress::new("classify", rows.len() as u64);
         let mut logits = Vec::with_capacity(rows.len());

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use candle_core::{Tensor, bail};
+use serde::{Deserialize, Serialize};
 
 use crate::cache::Cache;
 use crate::calibrate::Range;
@@ -16,13 +17,23 @@ use crate::checkpoint::write_atomically;
 use crate::export::{IMAGE_SCALE, float_file, new_manifest, weights_of};
 use crate::network::{Network, Parameter};
 use crate::operators::straight_through::{Replaced, RoundedActivation};
-use crate::quantize::{self, Choice, Options, QuantizedLayer, activation_scale};
+use crate::quantize::{self, Choice, Options, QuantizedLayer, WeightBits, activation_scale};
 
 /// The file in a run folder.
 pub const FILE_NAME: &str = "ranges.json";
 
-/// Range of each quantized activation, by its name in the f32 file: `relu1`, ...
-pub type TrainedRanges = BTreeMap<String, Range>;
+/// Key of the digest of a run's ranges in the metadata of its weights and in `tools` of a model file's manifest.
+pub const DIGEST: &str = "trained_ranges_blake3";
+
+/// What the last epochs train with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainedRanges {
+    /// Bits of a weight.
+    pub weight_bits: WeightBits,
+    /// Range of each quantized activation, by its name in the f32 file: `relu1`, ...
+    pub ranges: BTreeMap<String, Range>,
+}
 
 /// Reads a file of ranges.
 ///
@@ -32,7 +43,7 @@ pub fn read(path: &Path) -> Result<TrainedRanges> {
     let context = || format!("reading {}", path.display());
     let text = std::fs::read_to_string(path).with_context(context)?;
     let ranges: TrainedRanges = serde_json::from_str(&text).with_context(context)?;
-    for (name, range) in &ranges {
+    for (name, range) in &ranges.ranges {
         let is_sound =
             range.low <= 0.0 && range.high >= 0.0 && (range.high - range.low).is_finite();
         ensure!(
@@ -44,11 +55,26 @@ pub fn read(path: &Path) -> Result<TrainedRanges> {
     Ok(ranges)
 }
 
+/// BLAKE3 of the ranges, hexadecimal: by it a model's weights name the ranges that they were trained with.
+///
+/// # Errors
+/// The ranges cannot be written as JSON.
+pub fn digest(ranges: &TrainedRanges) -> Result<String> {
+    Ok(blake3::hash(&serde_json::to_vec(ranges)?)
+        .to_hex()
+        .to_string())
+}
+
 /// Finds the ranges of a network's activations on training slices and writes them into the run folder.
 ///
 /// # Errors
 /// What exporting and quantizing say; a file that cannot be written.
-pub fn calibrate(network: &Network, cache: &Cache, run: &Path) -> Result<TrainedRanges> {
+pub fn calibrate(
+    network: &Network,
+    cache: &Cache,
+    weight_bits: WeightBits,
+    run: &Path,
+) -> Result<TrainedRanges> {
     let (architecture, width) = (network.architecture(), network.width());
     let weights = weights_of(network)?;
     let float = float_file(
@@ -58,13 +84,17 @@ pub fn calibrate(network: &Network, cache: &Cache, run: &Path) -> Result<Trained
         &new_manifest(architecture, width),
     )?;
     let options = Options {
+        weight_bits,
         equalise: Choice::Off,
         correct_bias: Choice::Off,
         ..Options::default()
     };
     let (_, report) = quantize::quantize(&float, cache, &options)?;
     let of_tensor = |tensor: quantize::TensorReport| (tensor.tensor, tensor.range);
-    let ranges: TrainedRanges = report.tensors.into_iter().map(of_tensor).collect();
+    let ranges = TrainedRanges {
+        weight_bits,
+        ranges: report.tensors.into_iter().map(of_tensor).collect(),
+    };
     let path = run.join(FILE_NAME);
     write_atomically(&path, serde_json::to_string_pretty(&ranges)?.as_bytes())
         .with_context(|| format!("writing {}", path.display()))?;
@@ -74,6 +104,7 @@ pub fn calibrate(network: &Network, cache: &Cache, run: &Path) -> Result<Trained
 /// What one integer step of each layer's output stands for, in the order the data meets them; the last layer's is not quantized.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Scales {
+    weight_bits: WeightBits,
     of_output: Vec<f32>,
 }
 
@@ -82,12 +113,15 @@ impl Scales {
     pub(crate) fn new(ranges: &TrainedRanges, n_hidden: usize) -> candle_core::Result<Self> {
         let mut of_output = Vec::new();
         for number in 1..=n_hidden {
-            let Some(&range) = ranges.get(&format!("relu{number}")) else {
+            let Some(&range) = ranges.ranges.get(&format!("relu{number}")) else {
                 bail!("no range of relu{number}")
             };
             of_output.push(activation_scale(range));
         }
-        Ok(Self { of_output })
+        Ok(Self {
+            weight_bits: ranges.weight_bits,
+            of_output,
+        })
     }
 
     /// Weight and bias of layer `index` (from 0) as its integers say them.
@@ -108,7 +142,8 @@ impl Scales {
         };
         let values = |parameter: &Parameter| parameter.variable.flatten_all()?.to_vec1::<f32>();
         let is_last = index == self.of_output.len();
-        let layer = QuantizedLayer::of(&values(weight)?, &values(bias)?, input_scale, is_last);
+        let (weights, biases) = (values(weight)?, values(bias)?);
+        let layer = QuantizedLayer::of(&weights, &biases, input_scale, is_last, self.weight_bits);
         let layer = match layer {
             Ok(layer) => layer,
             Err(channel) => bail!("{}: output {channel} leaves i32", weight.name),
@@ -141,14 +176,17 @@ mod tests {
     #[test]
     fn training_computes_what_the_int8_file_computes() {
         let mut network = Network::new(find("final").unwrap(), 0.03125, 5, &Device::Cpu).unwrap();
-        let ranges: TrainedRanges = [
-            ("relu1", 0.7),
-            ("relu2", 0.5),
-            ("relu3", 0.3),
-            ("relu4", 0.2),
-        ]
-        .map(|(name, high)| (name.to_owned(), Range { low: 0.0, high }))
-        .into();
+        let mut ranges = TrainedRanges {
+            weight_bits: WeightBits::try_from(6).unwrap(),
+            ranges: [
+                ("relu1", 0.7),
+                ("relu2", 0.5),
+                ("relu3", 0.3),
+                ("relu4", 0.2),
+            ]
+            .map(|(name, high)| (name.to_owned(), Range { low: 0.0, high }))
+            .into(),
+        };
         network.quantize(&ranges).unwrap();
         let mut image = vec![0; shared::TENSOR_BYTES];
         shared::selftest::image(4, &mut image);
@@ -175,6 +213,7 @@ mod tests {
                 parameter.name
             );
         }
-        network.quantize(&TrainedRanges::new()).unwrap_err();
+        ranges.ranges.clear();
+        network.quantize(&ranges).unwrap_err();
     }
 }

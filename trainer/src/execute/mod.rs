@@ -100,7 +100,7 @@ impl FloatGraph {
     ///
     /// [`ExecuteError`] where the graph is malformed or holds something that is not implemented.
     pub fn new(model: &ModelProto) -> Result<Self, ExecuteError> {
-        Self::with_weights(model, &BTreeMap::new())
+        Self::with_weights(model, BTreeMap::new())
     }
 
     /// The same with some constants replaced by `weights`, by name.
@@ -110,7 +110,7 @@ impl FloatGraph {
     /// As [`FloatGraph::new`].
     pub fn with_weights(
         model: &ModelProto,
-        weights: &BTreeMap<String, Tensor>,
+        weights: BTreeMap<String, Tensor>,
     ) -> Result<Self, ExecuteError> {
         let graph = model.graph()?;
         let mut builder = Builder {
@@ -121,9 +121,7 @@ impl FloatGraph {
             steps: Vec::new(),
         };
         for (name, tensor) in weights {
-            builder
-                .constants
-                .insert(name.clone(), Arc::new(tensor.clone()));
+            builder.constants.insert(name, Arc::new(tensor));
         }
         builder.slot(IMAGE);
         for node in &graph.node {

@@ -9,6 +9,7 @@ use crate::onnx::{ModelProto, NodeProto, OnnxError};
 
 use super::equalise::{put_float, take_float};
 use super::graph::is_weighted;
+use super::integers::WeightBits;
 use super::plan::Plan;
 use super::ranges::fake_quantized_weights;
 use super::{QuantizeError, Ranges};
@@ -23,6 +24,7 @@ pub(super) fn correct_biases(
     plan: &Plan,
     ranges: &Ranges,
     images: &[&[u8]],
+    bits: WeightBits,
 ) -> Result<(), QuantizeError> {
     let layers: Vec<NodeProto> = model
         .graph()?
@@ -33,7 +35,7 @@ pub(super) fn correct_biases(
         .collect();
     let wanted: Vec<&str> = layers.iter().map(|node| node.output[0].as_str()).collect();
     let float = float_means(&FloatGraph::new(model)?, &wanted, images)?;
-    let fake = FloatGraph::with_weights(model, &fake_quantized_weights(model)?)?;
+    let fake = FloatGraph::with_weights(model, fake_quantized_weights(model, bits)?)?;
     let mut runs: Vec<Run> = images.iter().map(|image| fake.begin(image)).collect();
     let mut corrections = Means::new();
     for layer in &layers {

@@ -13,10 +13,11 @@ use crate::export::write_file;
 use crate::index::Part;
 use crate::onnx::{self, ModelProto};
 use crate::quantization_aware::{self, TrainedRanges};
+use crate::verify::manifest_of;
 
 use super::{
-    Choice, EQUALISED, FLOAT_FILE, Options, Profile, QuantizeError, QuantizeReport, quantize_model,
-    quantize_with,
+    Choice, EQUALISED, FLOAT_FILE, Options, Profile, QuantizeReport, WEIGHT_BITS, WeightBits,
+    quantize_model, quantize_with,
 };
 
 /// Images of the self-test that the manifest states.
@@ -34,7 +35,7 @@ pub struct QuantizeArgs {
     #[arg(long)]
     pub model: PathBuf,
     /// `ranges.json` of a run that was trained with `--qat`: nothing else is calibrated.
-    #[arg(long, conflicts_with_all = ["data", "method", "profile"])]
+    #[arg(long, conflicts_with_all = ["data", "method", "profile", "weight_bits"])]
     pub ranges: Option<PathBuf>,
     /// Cache whose training part calibrates; without it the self-test's images do, which is good enough for random weights alone.
     #[arg(long)]
@@ -45,6 +46,9 @@ pub struct QuantizeArgs {
     /// For whom the file is.
     #[arg(long, value_enum, default_value_t = Profile::Standard)]
     pub profile: Profile,
+    /// Bits of a weight: 7 for x86 without VNNI, where other runtimes than ours add products in 16 bits, which saturate at 8.
+    #[arg(long, value_name = "BITS", default_value_t)]
+    pub weight_bits: WeightBits,
     /// One method for every tensor; without it each tensor gets the one with the smallest error of the logit.
     #[arg(long, value_enum)]
     pub method: Option<Method>,
@@ -69,6 +73,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             profile: Profile::Standard,
+            weight_bits: WeightBits::default(),
             method: None,
             n_calibration: 256,
             n_selection: 16,
@@ -86,6 +91,7 @@ impl Default for Options {
 pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
     let options = Options {
         profile: args.profile,
+        weight_bits: args.weight_bits,
         method: args.method,
         n_calibration: args.calibration_slices,
         n_selection: args.selection_slices,
@@ -158,10 +164,18 @@ pub fn quantize(
 ) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
     let rows = calibration_rows(cache, options.n_calibration);
     let images: Vec<&[u8]> = rows.into_iter().map(|row| cache.tensor(row)).collect();
-    quantize_file(float, &images, options)
+    quantize_bytes(
+        float,
+        options.profile,
+        options.weight_bits,
+        |model, manifest| {
+            cache.check_preprocess(&manifest.preprocess)?;
+            Ok(quantize_model(model, &images, options, &|| {})?)
+        },
+    )
 }
 
-/// The same on given images, each u8 `[3, 256, 256]`.
+/// The same on given images, each u8 `[3, 256, 256]`, prepared as the model wants them.
 ///
 /// # Errors
 ///
@@ -171,8 +185,8 @@ pub fn quantize_file(
     images: &[&[u8]],
     options: &Options,
 ) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
-    quantize_bytes(float, options.profile, |model| {
-        quantize_model(model, images, options, &|| {})
+    quantize_bytes(float, options.profile, options.weight_bits, |model, _| {
+        Ok(quantize_model(model, images, options, &|| {})?)
     })
 }
 
@@ -180,32 +194,41 @@ pub fn quantize_file(
 ///
 /// # Errors
 ///
-/// As [`quantize`].
+/// As [`quantize`]; where the file does not say that it was trained with these ranges.
 pub fn quantize_trained(
     float: &[u8],
     ranges: &TrainedRanges,
 ) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
-    quantize_bytes(float, Profile::Standard, |model| {
-        quantize_with(model, ranges)
-    })
+    let found = quantization_aware::digest(ranges)?;
+    quantize_bytes(
+        float,
+        Profile::Standard,
+        ranges.weight_bits,
+        |model, manifest| {
+            let wanted = manifest.tools.get(quantization_aware::DIGEST);
+            let wanted = wanted.context("the f32 file was not trained with ranges (--qat)")?;
+            ensure!(
+                *wanted == found,
+                "the f32 file was trained with the ranges with BLAKE3 {wanted}, these have {found}: give ranges.json of the run that it was exported from"
+            );
+            Ok(quantize_with(model, ranges)?)
+        },
+    )
 }
 
 fn quantize_bytes(
     float: &[u8],
     profile: Profile,
-    quantize: impl FnOnce(&ModelProto) -> Result<(ModelProto, QuantizeReport), QuantizeError>,
+    weight_bits: WeightBits,
+    quantize: impl FnOnce(&ModelProto, &Manifest) -> anyhow::Result<(ModelProto, QuantizeReport)>,
 ) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
     let model = onnx::read(float)?;
-    let manifest = Manifest::from_json(
-        model
-            .metadata(METADATA_KEY)
-            .context("the file has no pe.manifest")?,
-    )?;
+    let manifest = manifest_of(&model)?;
     ensure!(
         manifest.precision == Precision::Float32,
         "the file is quantized already"
     );
-    let (mut quantized, report) = quantize(&model)?;
+    let (mut quantized, report) = quantize(&model, &manifest)?;
     drop(model);
     let mut manifest = Manifest {
         precision: Precision::Int8,
@@ -228,6 +251,11 @@ fn quantize_bytes(
         manifest
             .tools
             .insert(EQUALISED.to_owned(), "true".to_owned());
+    }
+    if weight_bits != WeightBits::default() {
+        manifest
+            .tools
+            .insert(WEIGHT_BITS.to_owned(), weight_bits.to_string());
     }
     if profile == Profile::Tensorrt {
         manifest
@@ -347,6 +375,59 @@ mod tests {
                 "{exact} {simulated}"
             );
         }
+    }
+
+    /// A narrow float file that says that it was trained with `ranges`.
+    fn trained(ranges: Option<&TrainedRanges>) -> Vec<u8> {
+        let architecture = architecture::find("final").unwrap();
+        let weights = export::random_weights(architecture, 0.01, 1).unwrap();
+        let mut manifest = export::new_manifest(architecture, 0.01);
+        if let Some(ranges) = ranges {
+            let digest = quantization_aware::digest(ranges).unwrap();
+            let key = quantization_aware::DIGEST.to_owned();
+            manifest.tools.insert(key, digest);
+        }
+        export::float_file(architecture, 0.01, &weights, &manifest).unwrap()
+    }
+
+    #[test]
+    fn only_the_ranges_that_the_weights_were_trained_with_are_taken() {
+        let of = |high| TrainedRanges {
+            weight_bits: WeightBits::default(),
+            ranges: (1..=4)
+                .map(|n| (format!("relu{n}"), Range { low: 0.0, high }))
+                .collect(),
+        };
+        let (own, other) = (of(0.5), of(0.6));
+        quantize_trained(&trained(Some(&own)), &own).unwrap();
+        for file in [trained(Some(&own)), trained(None)] {
+            let error = quantize_trained(&file, &other).unwrap_err().to_string();
+            assert!(error.contains("trained with"), "{error}");
+        }
+    }
+
+    #[test]
+    fn weights_of_fewer_bits_are_no_larger_and_the_file_says_so() {
+        let images = self_test_images(2);
+        let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
+        let options = Options {
+            weight_bits: WeightBits::try_from(7).unwrap(),
+            ..fast()
+        };
+        let (int8, _) = quantize_file(&trained(None), &images, &options).unwrap();
+        let model = onnx::read(&int8).unwrap();
+        assert_eq!(manifest_of(&model).unwrap().tools[WEIGHT_BITS], "7");
+        let constants = model.graph().unwrap().initializer.iter();
+        for weights in constants.filter(|tensor| tensor.name.ends_with(".weight_quantized")) {
+            let largest = weights
+                .to_i8()
+                .unwrap()
+                .into_iter()
+                .map(i8::unsigned_abs)
+                .max();
+            assert_eq!(largest, Some(63), "{}", weights.name);
+        }
+        check_engine(&model, &images, 0.01);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::onnx::{
     DataType, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto,
 };
 
-use super::integers::{Parameters, QuantizedLayer};
+use super::integers::{Parameters, QuantizedLayer, WeightBits};
 use super::plan::Plan;
 use super::{Profile, QuantizeError, Ranges};
 
@@ -26,6 +26,7 @@ pub(super) fn emit(
     plan: &Plan,
     ranges: &Ranges,
     profile: Profile,
+    weight_bits: WeightBits,
 ) -> Result<ModelProto, QuantizeError> {
     let float = model.graph()?;
     let mut emitter = Emitter {
@@ -37,6 +38,7 @@ pub(super) fn emit(
             .collect(),
         plan,
         ranges,
+        weight_bits,
         declared: BTreeSet::new(),
         graph: GraphProto {
             name: float.name.clone(),
@@ -61,6 +63,7 @@ pub(super) struct Emitter<'a> {
     pub(super) dims: BTreeMap<&'a str, Vec<usize>>,
     pub(super) plan: &'a Plan,
     pub(super) ranges: &'a Ranges,
+    pub(super) weight_bits: WeightBits,
     pub(super) declared: BTreeSet<String>,
     pub(super) graph: GraphProto,
 }
@@ -188,7 +191,13 @@ impl Emitter<'_> {
             None => vec![0.0; n_outputs],
         };
         let is_per_tensor = node.output[0] == LOGIT;
-        let layer = QuantizedLayer::of(&weight.to_f32()?, &bias, input.scale, is_per_tensor);
+        let layer = QuantizedLayer::of(
+            &weight.to_f32()?,
+            &bias,
+            input.scale,
+            is_per_tensor,
+            self.weight_bits,
+        );
         let layer = layer.map_err(|channel| QuantizeError::Overflow {
             node: node.name.clone(),
             channel,

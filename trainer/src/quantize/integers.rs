@@ -1,6 +1,10 @@
 //! Numbers to integers: activations to u8 or s8, weights to s8, biases to i32.
 
+use std::fmt;
+use std::str::FromStr;
+
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Range;
 use crate::export::IMAGE_SCALE;
@@ -57,20 +61,73 @@ pub(super) fn symmetric_scale(range: Range) -> f32 {
     }
 }
 
-pub(super) fn weight_scale(row: &[f32]) -> f32 {
-    let magnitude = row
-        .iter()
-        .fold(0.0_f32, |largest, value| largest.max(value.abs()));
-    if magnitude > 0.0 {
-        (magnitude / 127.0).max(f32::MIN_POSITIVE)
-    } else {
-        1.0 / 127.0
+/// Bits of a weight: 8, or fewer for runtimes that add products in 16 bits, and for those who pack them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
+pub struct WeightBits(u8);
+
+impl Default for WeightBits {
+    fn default() -> Self {
+        Self(8)
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "clamped to -127..=127")]
-pub(super) fn to_s8(value: f32, scale: f32) -> i8 {
-    (value / scale).round_ties_even().clamp(-127.0, 127.0) as i8
+impl From<WeightBits> for u8 {
+    fn from(WeightBits(bits): WeightBits) -> Self {
+        bits
+    }
+}
+
+impl TryFrom<u8> for WeightBits {
+    type Error = String;
+
+    fn try_from(bits: u8) -> Result<Self, String> {
+        match bits {
+            2..=8 => Ok(Self(bits)),
+            _ => Err(format!("{bits} bits a weight, allowed are 2 to 8")),
+        }
+    }
+}
+
+impl FromStr for WeightBits {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bits = text.parse::<u8>().map_err(|error| error.to_string())?;
+        Self::try_from(bits)
+    }
+}
+
+impl fmt::Display for WeightBits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl WeightBits {
+    /// The largest integer; its negative is the smallest, so that 8 bits leave -128 out.
+    fn largest(self) -> f32 {
+        f32::from((1_u8 << (self.0 - 1)) - 1)
+    }
+
+    /// What one integer step of a row of weights stands for.
+    pub(super) fn scale(self, row: &[f32]) -> f32 {
+        let magnitude = row
+            .iter()
+            .fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        if magnitude > 0.0 {
+            (magnitude / self.largest()).max(f32::MIN_POSITIVE)
+        } else {
+            1.0 / self.largest()
+        }
+    }
+
+    /// The integer of a weight at `scale`.
+    #[expect(clippy::cast_possible_truncation, reason = "clamped to -127..=127")]
+    pub(super) fn integer(self, value: f32, scale: f32) -> i8 {
+        let integer = (value / scale).round_ties_even();
+        integer.clamp(-self.largest(), self.largest()) as i8
+    }
 }
 
 /// Integers of one layer.
@@ -88,6 +145,7 @@ impl QuantizedLayer {
         bias: &[f32],
         input_scale: f32,
         is_per_tensor: bool,
+        bits: WeightBits,
     ) -> Result<Self, usize> {
         let n_outputs = bias.len().max(1);
         let n_groups = if is_per_tensor { 1 } else { n_outputs };
@@ -98,10 +156,12 @@ impl QuantizedLayer {
             .enumerate();
         let of_groups: Vec<(Vec<i8>, f32, Vec<i32>)> = groups
             .map(|(group, (weights, bias))| {
-                let mut scale = weight_scale(weights);
+                let mut scale = bits.scale(weights);
                 for _ in 0..64 {
-                    let integers: Vec<i8> =
-                        weights.iter().map(|&value| to_s8(value, scale)).collect();
+                    let integers: Vec<i8> = weights
+                        .iter()
+                        .map(|&value| bits.integer(value, scale))
+                        .collect();
                     let quantized_bias: Option<Vec<i32>> = bias
                         .iter()
                         .map(|&value| to_i32(value, input_scale * scale))
@@ -167,9 +227,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn fewer_bits_make_fewer_integers() {
+        let row = [-1.0, 0.3, 0.6];
+        for (bits, expected) in [(8, [-127, 38, 76]), (4, [-7, 2, 4]), (2, [-1, 0, 1])] {
+            let bits = WeightBits::try_from(bits).unwrap();
+            let scale = bits.scale(&row);
+            assert_eq!(row.map(|value| bits.integer(value, scale)), expected);
+        }
+        assert!(WeightBits::try_from(1).is_err() && "9".parse::<WeightBits>().is_err());
+    }
+
+    #[test]
     fn accumulators_that_could_overflow_get_a_coarser_scale() {
         let weights = vec![1.0; 100_000];
-        let layer = QuantizedLayer::of(&weights, &[0.0], 1.0, false).unwrap();
+        let layer =
+            QuantizedLayer::of(&weights, &[0.0], 1.0, false, WeightBits::default()).unwrap();
         assert!(shared::quantize::check_accumulators(&layer.weights, &layer.bias).is_ok());
         assert!(layer.weights[0] < 127 && layer.weights[0] > 32);
         assert!((f32::from(layer.weights[0]) * layer.scales[0] - 1.0).abs() < 0.02);

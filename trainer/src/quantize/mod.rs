@@ -30,6 +30,7 @@ use bias::correct_biases;
 pub use command::{QuantizeArgs, quantize, quantize_file, quantize_trained, run};
 use equalise::equalise;
 use graph::emit;
+pub use integers::WeightBits;
 pub(crate) use integers::{QuantizedLayer, activation_scale};
 use plan::Plan;
 use ranges::{choose_ranges, logits, rmse};
@@ -39,6 +40,9 @@ pub const EQUALISED: &str = "equalised";
 
 /// Key of `tools` in the manifest of an int8 file: BLAKE3 of the f32 file it was made of, hexadecimal.
 pub const FLOAT_FILE: &str = "float_file_blake3";
+
+/// Key of `tools` in the manifest of an int8 file whose weights have fewer than 8 bits: how many.
+pub const WEIGHT_BITS: &str = "weight_bits";
 
 /// For whom the file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -77,6 +81,8 @@ impl Choice {
 pub struct Options {
     /// For whom the file is.
     pub profile: Profile,
+    /// Bits of a weight.
+    pub weight_bits: WeightBits,
     /// One method for every tensor; `None` tries all and takes for each tensor the one with the smallest error of the logit.
     pub method: Option<Method>,
     /// Training slices to calibrate on, half of them positive.
@@ -189,20 +195,13 @@ pub fn quantize_model(
         &mut float, &plan, selection, &reference, options, &mut tried,
     )?;
     let observed = observe(&float, &plan, images, progress)?;
-    let ranges = choose_ranges(
-        &float,
-        &plan,
-        &observed,
-        selection,
-        &reference,
-        options.method,
-    )?;
+    let ranges = choose_ranges(&float, &plan, &observed, selection, &reference, options)?;
     let mut best: Option<(ModelProto, bool, f64)> = None;
     for &is_bias_corrected in options.correct_bias.tried() {
         if is_bias_corrected {
-            correct_biases(&mut float, &plan, &ranges, selection)?;
+            correct_biases(&mut float, &plan, &ranges, selection, options.weight_bits)?;
         }
-        let quantized = emit(&float, &plan, &ranges, options.profile)?;
+        let quantized = emit(&float, &plan, &ranges, options.profile, options.weight_bits)?;
         let logit_rmse = error_of(&quantized, selection, &reference)?;
         tried.push(Trial {
             is_equalised,
@@ -252,9 +251,12 @@ fn equalise_where_better(
             (false, &*float, &as_exported),
             (true, &equalised, &of_equalised),
         ] {
-            let method = Some(Method::MinMax);
-            let ranges = choose_ranges(model, plan, observed, selection, reference, method)?;
-            let quantized = emit(model, plan, &ranges, options.profile)?;
+            let min_max = Options {
+                method: Some(Method::MinMax),
+                ..*options
+            };
+            let ranges = choose_ranges(model, plan, observed, selection, reference, &min_max)?;
+            let quantized = emit(model, plan, &ranges, options.profile, options.weight_bits)?;
             let logit_rmse = error_of(&quantized, selection, reference)?;
             errors[usize::from(is_equalised)] = logit_rmse;
             tried.push(Trial {
@@ -309,17 +311,19 @@ pub fn quantize_with(
     let plan = Plan::of(model.graph()?);
     let of_leader = |name: &String| {
         let range = ranges
+            .ranges
             .get(name)
             .ok_or_else(|| QuantizeError::Unobserved { name: name.clone() })?;
         Ok((name.clone(), (Method::Trained, *range, f64::NAN)))
     };
-    let ranges: Ranges = plan
+    let of_leaders: Ranges = plan
         .leaders
         .iter()
         .map(of_leader)
         .collect::<Result<_, QuantizeError>>()?;
-    let quantized = emit(model, &plan, &ranges, Profile::Standard)?;
-    Ok((quantized, report(0, 0, false, false, &ranges, &plan)))
+    let bits = ranges.weight_bits;
+    let quantized = emit(model, &plan, &of_leaders, Profile::Standard, bits)?;
+    Ok((quantized, report(0, 0, false, false, &of_leaders, &plan)))
 }
 
 fn report(

@@ -10,9 +10,9 @@ use crate::export::LOGIT;
 use crate::onnx::ModelProto;
 
 use super::graph::{constant, is_weighted};
-use super::integers::{Parameters, weight_scale};
+use super::integers::{Parameters, WeightBits};
 use super::plan::Plan;
-use super::{QuantizeError, Ranges};
+use super::{Options, QuantizeError, Ranges};
 
 pub(super) fn logits(graph: &FloatGraph, images: &[&[u8]]) -> Result<Vec<f32>, ExecuteError> {
     images
@@ -37,17 +37,18 @@ pub(super) fn choose_ranges(
     observed: &Observation,
     selection: &[&[u8]],
     reference: &[f32],
-    method: Option<Method>,
+    options: &Options,
 ) -> Result<Ranges, QuantizeError> {
     let mut ranges = Ranges::new();
-    if let Some(method) = method {
+    if let Some(method) = options.method {
         for leader in &plan.leaders {
             let range = candidates(observed, leader)?[&method];
             ranges.insert(leader.clone(), (method, range, f64::NAN));
         }
         return Ok(ranges);
     }
-    let fake = FloatGraph::with_weights(model, &fake_quantized_weights(model)?)?;
+    let fake =
+        FloatGraph::with_weights(model, fake_quantized_weights(model, options.weight_bits)?)?;
     let mut runs: Vec<Run> = selection.iter().map(|image| fake.begin(image)).collect();
     for leader in &plan.leaders {
         runs.par_iter_mut().try_for_each(|run| {
@@ -137,9 +138,10 @@ fn candidate_errors(
         .collect())
 }
 
-/// Weights of Conv and Gemm, rounded to what s8 can say.
+/// Weights of Conv and Gemm, rounded to what their integers can say.
 pub(super) fn fake_quantized_weights(
     model: &ModelProto,
+    bits: WeightBits,
 ) -> Result<BTreeMap<String, Tensor>, QuantizeError> {
     let graph = model.graph()?;
     let constants = graph.initializers();
@@ -154,10 +156,9 @@ pub(super) fn fake_quantized_weights(
         };
         let a_scale = (values.len() / n_scales).max(1);
         for row in values.chunks_exact_mut(a_scale) {
-            let scale = weight_scale(row);
-            row.iter_mut().for_each(|value| {
-                *value = (*value / scale).round_ties_even().clamp(-127.0, 127.0) * scale
-            });
+            let scale = bits.scale(row);
+            row.iter_mut()
+                .for_each(|value| *value = f32::from(bits.integer(*value, scale)) * scale);
         }
         weights.insert(
             node.input[1].clone(),

@@ -5,7 +5,7 @@ use crate::onnx::{DataType, NodeProto, TensorProto};
 
 use super::QuantizeError;
 use super::graph::{Emitter, constant, is_weighted};
-use super::integers::{symmetric_scale, to_s8, weight_scale};
+use super::integers::symmetric_scale;
 
 impl Emitter<'_> {
     pub(super) fn tensorrt(&mut self, node: &NodeProto) -> Result<(), QuantizeError> {
@@ -22,14 +22,15 @@ impl Emitter<'_> {
             if self.declared.insert(input.clone()) {
                 self.symmetric_input(&input)?;
             }
+            let bits = self.weight_bits;
             let weight = constant(&self.constants, &node.input[1])?;
             let (shape, values) = (weight.shape()?, weight.to_f32()?);
             let n_outputs = shape.first().copied().unwrap_or(1).max(1);
             let rows = values.chunks_exact((values.len() / n_outputs).max(1));
-            let scales: Vec<f32> = rows.clone().map(weight_scale).collect();
+            let scales: Vec<f32> = rows.clone().map(|row| bits.scale(row)).collect();
             let integers: Vec<i8> = rows
                 .zip(&scales)
-                .flat_map(|(row, &scale)| row.iter().map(move |&value| to_s8(value, scale)))
+                .flat_map(|(row, &scale)| row.iter().map(move |&value| bits.integer(value, scale)))
                 .collect();
             let name = node.input[1].clone();
             self.graph.initializer.push(TensorProto::int8(

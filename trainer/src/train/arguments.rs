@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::{DEFAULT_BATCH, Schedule, TrainOptions};
 use crate::architecture::parse_width;
 use crate::batches::{Augmentation, Sampling};
+use crate::quantize::WeightBits;
 use crate::split::SplitBy;
 
 /// The arguments of `trainer train`.
@@ -73,6 +74,9 @@ pub struct TrainArgs {
     /// How many epochs that are
     #[arg(long, value_name = "N", default_value_t = 1, requires = "qat", value_parser = clap::value_parser!(u32).range(1..))]
     pub qat_epochs: u32,
+    /// Bits of a weight in them
+    #[arg(long, value_name = "BITS", default_value_t, requires = "qat")]
+    pub qat_weight_bits: WeightBits,
     /// Continue the run in the folder where there is one
     #[arg(long)]
     pub resume: bool,
@@ -101,6 +105,7 @@ impl TrainArgs {
             random_init: self.random_init,
             order: self.order.clone(),
             qat_epochs: if self.qat { self.qat_epochs } else { 0 },
+            qat_weight_bits: self.qat_weight_bits,
             resume: self.resume,
         }
     }

@@ -36,6 +36,7 @@ use crate::interrupt;
 use crate::network::Network;
 use crate::operators::optimiser::Moments;
 use crate::provenance;
+use crate::quantize::WeightBits;
 use crate::ranks::{Place, Ranks};
 use crate::split::{LEAK_WARNING, Split, SplitBy};
 
@@ -100,6 +101,8 @@ pub struct TrainOptions {
     pub order: Option<PathBuf>,
     /// How many of the last epochs compute as the int8 graph does.
     pub qat_epochs: u32,
+    /// Bits of a weight in them.
+    pub qat_weight_bits: WeightBits,
     /// Whether to continue the run in the folder, where there is one.
     #[serde(skip)]
     pub resume: bool,
@@ -125,6 +128,7 @@ impl Default for TrainOptions {
             random_init: false,
             order: None,
             qat_epochs: 0,
+            qat_weight_bits: WeightBits::default(),
             resume: false,
         }
     }

@@ -142,8 +142,12 @@ impl Run<'_> {
         let ranges = if is_begun {
             quantization_aware::read(&self.out.join(quantization_aware::FILE_NAME))?
         } else {
-            quantization_aware::calibrate(&self.network, self.cache, self.out)?
+            let bits = self.options.qat_weight_bits;
+            quantization_aware::calibrate(&self.network, self.cache, bits, self.out)?
         };
+        let digest = quantization_aware::digest(&ranges)?;
+        let provenance = &mut self.network.provenance;
+        provenance.insert(quantization_aware::DIGEST.to_owned(), digest);
         Ok(self.network.quantize(&ranges)?)
     }
 

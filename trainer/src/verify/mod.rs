@@ -144,11 +144,7 @@ pub fn verify(
         "the int8 file says that it is f32"
     );
     let is_pair_known = is_pair_known(float, &manifest)?;
-    let (wanted, found) = (&manifest.preprocess, &cache.manifest().preprocess);
-    ensure!(
-        wanted == found,
-        "the model wants {wanted:?}, the cache was made with {found:?}"
-    );
+    cache.check_preprocess(&manifest.preprocess)?;
     let is_equalised = manifest.tools.contains_key(EQUALISED);
     let tensors = noise(
         &float_model,
