@@ -122,6 +122,19 @@ fn usable(model: &Model) -> anyhow::Result<Manifest> {
             "its preprocessing (series-minmax) needs the whole series; only models with normalisation window run here"
         );
     }
+    if let Some(fault) = model.contract_fault() {
+        bail!("{fault}");
+    }
+    if manifest.precision == Precision::Int8 {
+        if manifest.self_test.is_empty() {
+            bail!("an int8 file without self-test (profile tensorrt?) is for other runtimes");
+        }
+        if model.arithmetic() == Arithmetic::Tract && !model.is_exact() {
+            bail!(
+                "an int8 file whose layers are not all what integers compute: scales, zero points or operators are others"
+            );
+        }
+    }
     Ok(manifest.clone())
 }
 
@@ -178,4 +191,56 @@ fn notice(model: &Model, manifest: &Manifest) -> String {
         notice.push_str("; computed in f32, the last digits differ between CPUs");
     }
     notice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The demonstration model with every `from` replaced by `to`, of the same length.
+    fn patched(from: &[u8], to: &[u8]) -> Vec<u8> {
+        assert_eq!(from.len(), to.len());
+        let mut bytes = DEMONSTRATION.to_vec();
+        let places: Vec<usize> = (0..bytes.len() - from.len())
+            .filter(|&at| bytes[at..].starts_with(from))
+            .collect();
+        assert!(!places.is_empty(), "{}", String::from_utf8_lossy(from));
+        for at in places {
+            bytes[at..at + to.len()].copy_from_slice(to);
+        }
+        bytes
+    }
+
+    #[track_caller]
+    fn refuses(from: &[u8], to: &[u8], expected: &str) {
+        let model = Model::load(&patched(from, to), &Options::default()).unwrap();
+        let error = usable(&model).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_does_not_keep_to_the_contract_is_refused() {
+        // Field 8 of the file, 2 bytes: field 2, the version.
+        refuses(
+            b"\x42\x02\x10\x0d",
+            b"\x42\x02\x10\x0e",
+            "operator set \"\" 14",
+        );
+        refuses(b"image", b"imago", "only input is not image");
+        refuses(
+            b"probability",
+            b"probabilitx",
+            "output 2 is not probability",
+        );
+        refuses(b"pe.manifest", b"no.manifest", "no manifest");
+    }
+
+    #[test]
+    fn an_int8_file_without_self_test_is_refused() {
+        let model = Model::load(DEMONSTRATION, &Options::default()).unwrap();
+        let manifest = model.manifest().unwrap();
+        let tests = serde_json::to_string(&manifest.self_test).unwrap();
+        let none = format!("[{}]", " ".repeat(tests.len() - 2));
+        refuses(tests.as_bytes(), none.as_bytes(), "without self-test");
+    }
 }

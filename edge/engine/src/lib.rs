@@ -10,6 +10,7 @@
 
 mod attributes;
 mod chain;
+mod contract;
 mod contributions;
 mod convolution;
 mod crew;

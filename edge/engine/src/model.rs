@@ -10,6 +10,7 @@ use shared::manifest::{METADATA_KEY, Manifest, ManifestError};
 use tract_onnx::pb::ModelProto;
 
 use crate::chain::recognise;
+use crate::contract;
 use crate::contributions::Contributions;
 use crate::float::{self, FloatNetwork, FloatRunner};
 use crate::graph::Graph;
@@ -126,6 +127,7 @@ pub enum RunError {
 #[derive(Clone, Debug)]
 pub struct Model {
     manifest: Option<Arc<Manifest>>,
+    contract_fault: Option<String>,
     digest: String,
     program: Program,
     threads: usize,
@@ -165,9 +167,11 @@ impl Model {
         let manifest = text
             .map(|entry| Manifest::from_json(&entry.value))
             .transpose()?;
+        let contract_fault = contract::fault(&proto);
         let program = program(&mut proto, kernel, options)?;
         Ok(Self {
             manifest: manifest.map(Arc::new),
+            contract_fault,
             digest: blake3::hash(onnx).to_hex().to_string(),
             program,
             threads: options.threads,
@@ -178,6 +182,13 @@ impl Model {
     #[must_use]
     pub fn manifest(&self) -> Option<&Manifest> {
         self.manifest.as_deref()
+    }
+
+    /// What in the file is not as `docs/model-file.md` says of every file: operator set, names and types, weights inside. Such a file
+    /// runs all the same.
+    #[must_use]
+    pub fn contract_fault(&self) -> Option<&str> {
+        self.contract_fault.as_deref()
     }
 
     /// BLAKE3 of the file's bytes, 64 lower-case hexadecimal digits.

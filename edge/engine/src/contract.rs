@@ -1,0 +1,93 @@
+//! What `docs/model-file.md` says of every model file, beyond what it takes to run one: operator set, names and types, weights inside the file.
+//!
+//! In: the protobuf. Out: the first fault. The engine runs other makers' files all the same; who decides on patients refuses them, because a
+//! file that keeps to none of this was not made for that.
+
+use shared::{CHANNELS, SIDE};
+use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
+use tract_onnx::pb::tensor_shape_proto::dimension;
+use tract_onnx::pb::{ModelProto, TensorProto, ValueInfoProto, type_proto};
+
+use crate::graph::{Graph, dimensions};
+
+/// The operator set, of the standard domain.
+const OPSET: i64 = 13;
+/// Name of the graph's input.
+const IMAGE: &str = "image";
+/// Names of the graph's first outputs.
+const OUTPUTS: [&str; 2] = ["logit", "probability"];
+
+/// The first thing that is not as the document says; `None` where all is.
+pub(crate) fn fault(proto: &ModelProto) -> Option<String> {
+    let graph = proto.graph.as_ref()?;
+    let is_standard = |domain: &str| matches!(domain, "" | "ai.onnx");
+    let sets = proto.opset_import.iter();
+    let sets: Vec<String> = sets
+        .filter(|set| !is_standard(&set.domain) || set.version != OPSET)
+        .map(|set| format!("operator set {:?} {}", set.domain, set.version))
+        .collect();
+    if let Some(set) = sets.first() {
+        return Some(format!(
+            "{set}, expected is {OPSET} of the standard domain alone"
+        ));
+    }
+    if let Some(node) = graph.node.iter().find(|node| !is_standard(&node.domain)) {
+        return Some(format!("node {} is of domain {:?}", node.name, node.domain));
+    }
+    let image = Graph::new(graph).image_input();
+    let image = image
+        .filter(|image| image.name == IMAGE)
+        .and_then(|image| image.image());
+    if image != Some([CHANNELS, SIDE, SIDE]) {
+        return Some(format!(
+            "its only input is not {IMAGE}, u8 [N, {CHANNELS}, {SIDE}, {SIDE}]"
+        ));
+    }
+    for (index, name) in OUTPUTS.into_iter().enumerate() {
+        if !graph
+            .output
+            .get(index)
+            .is_some_and(|output| is_output(output, name))
+        {
+            return Some(format!("output {} is not {name}, f32 [N, 1]", index + 1));
+        }
+    }
+    let constant = graph
+        .initializer
+        .iter()
+        .find(|constant| !is_inside(constant));
+    constant.map(|constant| {
+        format!(
+            "constant {} does not stand in the file as raw data of its shape",
+            constant.name
+        )
+    })
+}
+
+fn is_output(output: &ValueInfoProto, name: &str) -> bool {
+    let r#type = output
+        .r#type
+        .as_ref()
+        .and_then(|r#type| r#type.value.as_ref());
+    let Some(type_proto::Value::TensorType(tensor)) = r#type else {
+        return false;
+    };
+    let shape = tensor.shape.iter().flat_map(|shape| &shape.dim);
+    let shape: Vec<_> = shape.map(|dimension| dimension.value.as_ref()).collect();
+    output.name == name
+        && DataType::try_from(tensor.elem_type) == Ok(DataType::Float)
+        && matches!(shape[..], [_, Some(dimension::Value::DimValue(1))])
+}
+
+/// Whether the values are raw data inside the file that fill the shape.
+fn is_inside(constant: &TensorProto) -> bool {
+    let bytes = match DataType::try_from(constant.data_type) {
+        Ok(DataType::Uint8 | DataType::Int8) => 1,
+        Ok(DataType::Float | DataType::Int32) => 4,
+        Ok(DataType::Int64) => 8,
+        _ => return false,
+    };
+    let n_values = dimensions(constant).map(|shape| shape.iter().product::<usize>());
+    constant.data_location != Some(DataLocation::External as i32)
+        && n_values.and_then(|n| n.checked_mul(bytes)) == Some(constant.raw_data.len())
+}
