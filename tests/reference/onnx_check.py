@@ -1,11 +1,14 @@
 """Holds exported model files against other runtimes.
 
-  python onnx_check.py --float model.onnx [--int8 model-int8.onnx] [--images CACHE] [--logits FILE.csv] [--n 8]
+  python onnx_check.py --float model.onnx [--int8 model-int8.onnx] [--images CACHE] [--n 8]
+  PE_EDGE_PARITY_OUT=DIR cargo test -p tests --test parity; python onnx_check.py --parity DIR
 
 Checks, for each file given: onnx.checker with full check; opset 13, IR 7, names and types of inputs and outputs, a manifest. f32: onnxruntime and
-OpenVINO agree within 1e-4 x max(1, |logit|), and with --float-logits (one logit a line, of our own f32 engine) too. int8:
+OpenVINO agree within 1e-4 x max(1, |logit|), with --candle (one logit a line, candle's) too. int8:
 onnxruntime's optimised graph holds QLinearConv, MaxPool or NhwcMaxPool and QGemm and no float operator but the sigmoid; its logits equal
-those of the self-test in the manifest (our engine's, scalar kernel) within 1e-6 relative; OpenVINO's are within the bound below.
+those of the self-test in the manifest (our engine's, scalar kernel), and with --engine those of the images, within 1e-6 relative; OpenVINO's are within
+the bound below. Where the manifest has an operating point, all decide alike on every image. --parity does all of it for every network of the table, on
+the phantom slices that the test wrote and, where it had PE_EDGE_REAL_DATA, on a real series of 40 slices.
 
 Why OpenVINO's bound is what it is: it computes the same i32 sums, but requantizes with a reciprocal and fused multiply-adds, so an activation that lies
 within half an f32 ulp of a rounding boundary can fall to the other side: a change of one level. What one flipped level at layer l does to the
@@ -140,66 +143,99 @@ def check_openvino(path, images, f32):
             path = copy
             print("int8: no VNNI here, so OpenVINO gets weights of 7 bits, as does onnxruntime beside it")
         int8, _ = onnxruntime_logits(path, images)
-        difference = float(np.max(np.abs(openvino_logits(path, images) - int8)))
+        openvino = openvino_logits(path, images)
+        difference = float(np.max(np.abs(openvino - int8)))
     noise = float(np.max(np.abs(int8 - f32)))
     allowed = max(2 * noise if adds else noise, 1e-3)
     print(f"int8: OpenVINO and onnxruntime differ by {difference:.2e}, allowed {allowed:.2e} (int8 and f32 differ by {noise:.2e})")
     assert difference <= allowed
+    return openvino
 
 
 def relative(a, b):
     return float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b))))
 
 
-def load_images(cache, n):
-    if cache is None:
+def load_images(path, n):
+    """The self-test's images, n rows of a cache folder, or all of a file of u8 [n, 3, 256, 256]."""
+    if path is None:
         return [self_test_image(seed) for seed in range(1, n + 1)]
-    tensors = np.memmap(os.path.join(cache, "tensors.u8"), np.uint8, "r").reshape(-1, 3, SIDE, SIDE)
+    if os.path.isfile(path):
+        return list(np.fromfile(path, np.uint8).reshape(-1, 3, SIDE, SIDE))
+    tensors = np.memmap(os.path.join(path, "tensors.u8"), np.uint8, "r").reshape(-1, 3, SIDE, SIDE)
     return [np.array(tensors[row]) for row in np.linspace(0, len(tensors) - 1, n).astype(int)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--float", required=True)
-    parser.add_argument("--int8", help="left out for models that are deployed as f32")
-    parser.add_argument("--images", help="cache folder; without it the self-test's images")
-    parser.add_argument("--float-logits", help="text file, one logit a line, of our own f32 run on the same images")
-    parser.add_argument("--n", type=int, default=8)
-    args = parser.parse_args()
-    images = load_images(args.images, args.n)
+def hold(what, a, b, tolerance):
+    """Fails where logits differ by more than the tolerance, relative."""
+    difference = relative(a, b)
+    print(f"{what} differ by {difference:.2e}, allowed {tolerance:.0e}, {len(b)} images")
+    assert difference <= tolerance
 
-    check_form(args.float)
-    f32, _ = onnxruntime_logits(args.float, images)
-    difference = relative(openvino_logits(args.float, images), f32)
-    print(f"f32: onnxruntime and OpenVINO differ by {difference:.2e}, allowed {FLOAT_TOLERANCE:.0e}")
-    assert difference <= FLOAT_TOLERANCE
-    if args.float_logits:
-        difference = relative(np.loadtxt(args.float_logits, ndmin=1), f32)
-        print(f"f32: our run and onnxruntime differ by {difference:.2e}, allowed {FLOAT_TOLERANCE:.0e}")
-        assert difference <= FLOAT_TOLERANCE
 
-    if args.int8 is None:
-        print("all checks of the f32 file passed; research use only, not a medical device")
-        return
-    manifest = check_form(args.int8)
-    _, operators = onnxruntime_logits(args.int8, images[:1])
-    print("int8: onnxruntime runs", " ".join(operators))
+def check_float(path, images, candle):
+    """Holds an f32 file; returns onnxruntime's logits."""
+    check_form(path)
+    f32, _ = onnxruntime_logits(path, images)
+    openvino = openvino_logits(path, images)
+    hold("f32: onnxruntime and OpenVINO", openvino, f32, FLOAT_TOLERANCE)
+    if candle:
+        candle = np.loadtxt(candle, ndmin=1)
+        hold("f32: onnxruntime and candle", f32, candle, FLOAT_TOLERANCE)
+        hold("f32: OpenVINO and candle", openvino, candle, FLOAT_TOLERANCE)
+    return f32
+
+
+def check_int8(path, images, f32, engine):
+    manifest = check_form(path)
+    theirs, operators = onnxruntime_logits(path, images)
+    print("int8: onnxruntime runs", " ".join(dict.fromkeys(operators)))
     allowed = {"Transpose", "QLinearConv", "NhwcMaxPool", "MaxPool", "Flatten", "QGemm", "Sigmoid",
                "QLinearAdd", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
     assert set(operators) <= allowed, set(operators) - allowed
-    convolutions = sum(n.op_type == "Conv" for n in onnx.load(args.int8).graph.node)
-    dense = sum(n.op_type == "Gemm" for n in onnx.load(args.int8).graph.node)
+    convolutions = sum(n.op_type == "Conv" for n in onnx.load(path).graph.node)
+    dense = sum(n.op_type == "Gemm" for n in onnx.load(path).graph.node)
     assert operators.count("QLinearConv") == convolutions and operators.count("QGemm") == dense
 
     seeds = manifest["self_test"]
     assert seeds, "the int8 file states no self-test"
     ours = np.array([t["logit_bits"] for t in seeds], np.uint32).view(np.float32)
-    theirs, _ = onnxruntime_logits(args.int8, [self_test_image(t["seed"]) for t in seeds])
-    difference = relative(theirs, ours)
-    print(f"int8: the manifest's self-test and onnxruntime differ by {difference:.2e}, allowed {INT8_TOLERANCE:.0e}")
-    assert difference <= INT8_TOLERANCE
+    on_seeds, _ = onnxruntime_logits(path, [self_test_image(t["seed"]) for t in seeds])
+    hold("int8: onnxruntime and the manifest's self-test", on_seeds, ours, INT8_TOLERANCE)
+    if engine:
+        hold("int8: onnxruntime and the engine", theirs, np.loadtxt(engine, ndmin=1), INT8_TOLERANCE)
+    openvino = check_openvino(path, images, f32)
+    for point in manifest["operating_points"][:1]:
+        threshold = point["logit_threshold"]
+        assert ((theirs >= threshold) == (openvino >= threshold)).all(), "OpenVINO decides otherwise"
+        alike = np.mean((theirs >= threshold) == (f32 >= threshold))
+        print(f"int8: OpenVINO and onnxruntime decide alike at {point['name']} on all {len(images)} images, f32 on {alike:.4f} of them")
 
-    check_openvino(args.int8, images, f32)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_mutually_exclusive_group(required=True)
+    files.add_argument("--float", help="f32 file")
+    files.add_argument("--parity", help="folder that tests/tests/parity.rs wrote")
+    parser.add_argument("--int8", help="the int8 file made of it; left out for models that are deployed as f32")
+    parser.add_argument("--images", help="cache folder or file of u8; without it the self-test's images")
+    parser.add_argument("--candle", help="text file, one logit a line, candle's on the same images")
+    parser.add_argument("--engine", help="text file, one logit a line, our engine's of the int8 file on the same images")
+    parser.add_argument("--n", type=int, default=8)
+    args = parser.parse_args()
+    if args.parity:
+        images = load_images(os.path.join(args.parity, "images.u8"), 0)
+        for file in sorted(os.listdir(args.parity)):
+            if file.endswith(".int8.onnx"):
+                name = os.path.join(args.parity, file.removesuffix(".int8.onnx"))
+                print(f"--- {os.path.basename(name)}")
+                f32 = check_float(name + ".onnx", images, name + ".candle.txt")
+                check_int8(name + ".int8.onnx", images, f32, name + ".engine.txt")
+    else:
+        images = load_images(args.images, args.n)
+        f32 = check_float(args.float, images, args.candle)
+        if args.int8:
+            check_int8(args.int8, images, f32, args.engine)
     print("all checks passed; research use only, not a medical device")
 
 
