@@ -20,6 +20,7 @@ use crate::onnx::{ModelProto, OnnxError};
 
 use build::Builder;
 use pool::global_average;
+pub(crate) use step::nearest;
 use step::{Operation, Step, concat, dense};
 
 /// A value in the graph, without its batch dimension.

@@ -71,8 +71,9 @@ impl Operation {
                 low,
                 high,
             } => {
+                let (low, high) = (low - zero_point, high - zero_point);
                 values.for_each(|value| {
-                    *value = ((*value / scale).round_ties_even() + zero_point).clamp(low, high)
+                    *value = nearest((*value / scale).clamp(low, high)) + zero_point
                 });
             }
             Self::Dequantize { scale, zero_point } => {
@@ -95,6 +96,14 @@ impl Operation {
         }
         Ok(tensor)
     }
+}
+
+/// The nearest integer, ties to even, of a value below 2^22. `round_ties_even` calls the C library for each value where nothing newer than SSE2 is
+/// compiled for.
+pub(crate) fn nearest(value: f32) -> f32 {
+    /// Where the distance from one f32 to the next is 1.
+    const UNIT: f32 = 12_582_912.0;
+    (value + UNIT) - UNIT
 }
 
 pub(super) fn dense(input: &Tensor, weight: &Tensor, bias: &Tensor) -> Option<Tensor> {

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Range;
+use crate::execute::nearest;
 use crate::export::IMAGE_SCALE;
 
 /// Scale and zero point of a u8 activation: value = (integer - zero point) x scale.
@@ -38,10 +39,9 @@ impl Parameters {
     /// Rounds values to what the integers can say.
     pub(super) fn apply(self, values: &mut [f32]) {
         let zero_point = f32::from(self.zero_point);
+        let (low, high) = (-zero_point, 255.0 - zero_point);
         for value in values {
-            *value = (((*value / self.scale).round_ties_even() + zero_point).clamp(0.0, 255.0)
-                - zero_point)
-                * self.scale;
+            *value = nearest((*value / self.scale).clamp(low, high)) * self.scale;
         }
     }
 }
@@ -225,6 +225,22 @@ fn to_i32(value: f32, scale: f32) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounding_is_to_the_nearest_integer_ties_to_even_then_into_the_range() {
+        let parameters = Parameters {
+            scale: 0.5,
+            zero_point: 3,
+        };
+        let mut values = [
+            -9.0, -1.5, -0.75, -0.25, 0.0, 0.25, 0.3, 0.75, 125.75, 126.0, 1e9,
+        ];
+        let expected = values.map(|value: f32| {
+            (((value / 0.5).round_ties_even() + 3.0).clamp(0.0, 255.0) - 3.0) * 0.5
+        });
+        parameters.apply(&mut values);
+        assert_eq!(values.map(f32::to_bits), expected.map(f32::to_bits));
+    }
 
     #[test]
     fn fewer_bits_make_fewer_integers() {
