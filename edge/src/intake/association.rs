@@ -22,7 +22,8 @@ use tokio::sync::watch;
 use commitment::Reports;
 use messages::Message;
 
-use super::admit::{self, Context, Rejection, Roles, Slot};
+use super::admit::{self, Context, Rejection, Roles};
+use super::slots::Slot;
 use super::wire::{MAX_PDU_BYTES, MAX_REQUEST_BYTES, Patience, Wire, WireError};
 use super::{Intake, part10};
 use crate::config::Config;

@@ -1,16 +1,18 @@
 //! How objects come in: by DICOM association or through a watched folder, into the durable spool.
 //!
 //! The stages in the order the data meets them: [`listener`] accepts connections ([`tls`] wraps them), [`wire`] frames PDUs under deadlines,
-//! [`admit`] says who may send and what, [`association`] speaks with one peer, [`dimse`] reads its commands, [`store`] takes an
+//! [`admit`] says who may send what of [`classes`], [`slots`] how many may come, [`association`] speaks with one peer, [`dimse`] reads its commands, [`store`] takes an
 //! object ([`part10`] makes it a file) into the [`spool`]; files come by the [`watch_folder`]. [`retention`] deletes, by a [`clock`] that is right. Analysis reads the spool and never limits intake.
 
-pub(crate) mod admit;
+mod admit;
 mod association;
+pub(crate) mod classes;
 pub(crate) mod clock;
 mod dimse;
 mod listener;
 pub(crate) mod part10;
 pub(crate) mod retention;
+pub(crate) mod slots;
 pub(crate) mod spool;
 mod store;
 pub(crate) mod tls;
@@ -39,7 +41,7 @@ pub(crate) struct Intake {
     /// What was done and refused.
     pub(crate) counters: Counters,
     /// Who is connected.
-    pub(crate) slots: admit::Slots,
+    pub(crate) slots: slots::Slots,
     /// DICOM over TLS, where configured; a new one counts for the next connection.
     pub(crate) tls: watch::Receiver<Option<tls::Identity>>,
     /// Storage commitment, both ways.
@@ -62,7 +64,7 @@ impl Intake {
             spool,
             config,
             counters: Counters::default(),
-            slots: admit::Slots::default(),
+            slots: slots::Slots::default(),
             tls,
             commitments,
             visitors: Arc::default(),

@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::spool::{Header, SpoolError};
-use super::{Intake, admit, part10, unix_ms};
+use super::{Intake, classes, part10, unix_ms};
 
 /// How often the folder is looked through without an event.
 const RESCAN: Duration = Duration::from_secs(5);
@@ -306,11 +306,11 @@ fn take(
     let Some(meta) = part10::read_meta(&chunk[..filled]) else {
         return Ok(Taken::Quarantined(Reason::NotDicom));
     };
-    if admit::sop_class(&meta.sop_class_uid).is_none_or(|class| !class.purpose.is_storage()) {
+    if classes::sop_class(&meta.sop_class_uid).is_none_or(|class| !class.purpose.is_storage()) {
         return Ok(Taken::Quarantined(Reason::SopClass));
     }
     let is_decoded = |uid: &str| {
-        admit::transfer_syntaxes()
+        classes::transfer_syntaxes()
             .iter()
             .any(|syntax| syntax.uid == uid)
     };

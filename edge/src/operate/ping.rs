@@ -18,7 +18,7 @@ use serde::Serialize;
 use super::command::PingArgs;
 use crate::config::{self, Config};
 use crate::exit::{Exit, Failure, failure};
-use crate::intake::admit::VERIFICATION;
+use crate::intake::classes::VERIFICATION;
 use crate::intake::tls;
 use crate::send::association::{Association, Proposal};
 use crate::send::connection::Connection;

@@ -20,7 +20,7 @@ use crate::commitment::{
     ALL_COMMITTED, FAILURES_EXIST, REQUEST_ACTION, SOP_CLASS_UID, SOP_INSTANCE_UID, asking,
     reporting,
 };
-use crate::intake::admit::IMPLICIT_LITTLE;
+use crate::intake::classes::IMPLICIT_LITTLE;
 use crate::operate::audit::Event;
 use crate::send::data_set::Syntax;
 

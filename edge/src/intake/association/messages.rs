@@ -3,7 +3,7 @@
 use dicom_ul::pdu::{PDataValue, PDataValueType, Pdu};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::super::admit::Use;
+use super::super::classes::Use;
 use super::super::dimse::{self, MAX_COMMAND_BYTES, Request, Status, field};
 use super::super::store::Store;
 use super::super::wire::{MAX_PDU_BYTES, Patience};

@@ -450,7 +450,7 @@ impl Place {
             received_ms: record.header.received_ms,
             is_finished: false,
             pinned_until_ms: 0,
-            is_analysed_class: crate::intake::admit::is_analysed(&record.header.sop_class_uid),
+            is_analysed_class: crate::intake::classes::is_analysed(&record.header.sop_class_uid),
         }
     }
 }
