@@ -34,6 +34,8 @@ const RUNTIME_THREADS: usize = 2;
 /// Changes that a listening browser may lag behind; more are told as one.
 const PAGE_CHANGES: usize = 16;
 
+const TOKEN_FILE: &str = "[page] token_file";
+
 /// Changes that a slow watcher may be behind before it misses some.
 const CHANGES: usize = 256;
 
@@ -96,7 +98,13 @@ pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
 /// # Errors
 /// `Configuration` for faults of the file.
 pub(crate) fn check(arguments: &ServeArgs, out: &mut impl Write) -> Result<Exit, Failure> {
-    load_tls(&load(arguments.config.as_deref())?)?;
+    let config = load(arguments.config.as_deref())?;
+    let faults = faults_of_files(&config);
+    if !faults.is_empty() {
+        let faults: Vec<String> = faults.iter().map(|fault| format!("{fault:#}")).collect();
+        let error = anyhow!("{} fault(s)\n  {}", faults.len(), faults.join("\n  "));
+        return Err(failure(Exit::Configuration)(error));
+    }
     writeln!(out, "no faults").map_err(failure(Exit::CannotWrite))?;
     Ok(Exit::Ok)
 }
@@ -114,6 +122,22 @@ pub(crate) fn config(command: &ConfigCommand, out: &mut impl Write) -> Result<Ex
         .and_then(|()| out.flush())
         .map_err(failure(Exit::CannotWrite))?;
     Ok(Exit::Ok)
+}
+
+/// What is wrong with the files that a configuration names, as far as it can be seen without starting: all of them at once.
+fn faults_of_files(config: &Config) -> Vec<anyhow::Error> {
+    let tls = load_tls(config).err().map(|failure| failure.error);
+    let token = page::node::settings(config).map(drop).context(TOKEN_FILE);
+    let model = config.model.as_ref().map_or(Ok(()), |path| {
+        let opened = std::fs::File::open(path).map(drop);
+        opened.with_context(|| format!("model {}", path.display()))
+    });
+    let secrets = send::node::faults_of_secrets(config);
+    let others = [token.err(), model.err()];
+    tls.into_iter()
+        .chain(others.into_iter().flatten())
+        .chain(secrets)
+        .collect()
 }
 
 fn load(path: Option<&Path>) -> Result<Config, Failure> {
@@ -228,7 +252,7 @@ fn load_tls(config: &Config) -> Result<Option<tls::Identity>, Failure> {
 /// Binds the page's address, before anything is told to be ready.
 async fn page_listener(config: &Config) -> Result<(TcpListener, page::Settings), Failure> {
     let settings = page::node::settings(config)
-        .context("token file of the page")
+        .context(TOKEN_FILE)
         .map_err(failure(Exit::Configuration))?;
     let listener = TcpListener::bind(config.http_bind)
         .await

@@ -151,3 +151,32 @@ fn root_leaves_the_state_folder_of_another_user_alone() {
     assert!(said.contains("start the node as that user"), "{said}");
     assert_eq!(std::fs::read_dir(&state).unwrap().count(), 0);
 }
+
+#[test]
+fn check_names_every_file_that_cannot_be_used() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("empty"), " \n").unwrap();
+    let config = folder.path().join("edge.toml");
+    let text = "model = \"absent.onnx\"\n[page]\ntoken_file = \"empty\"\n\
+        [webhook]\nurl = \"https://hooks.example.org\"\nsecret_file = \"absent\"\n\
+        [stow]\nurl = \"https://pacs.example.org\"\ntoken_file = \"empty\"\n\
+        [tls]\ncertificate = \"absent\"\nkey = \"absent\"\nclient_ca = \"absent\"\n";
+    std::fs::write(&config, text).unwrap();
+    let checked = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
+        .args(["check", "--config"])
+        .arg(&config)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&checked.stderr);
+    assert_eq!(checked.status.code(), Some(78), "{said}");
+    for part in [
+        "5 fault(s)",
+        "[tls]",
+        "model ",
+        "[page] token_file: the file is empty",
+        "[webhook] secret_file",
+        "[stow] token_file",
+    ] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+}

@@ -7,6 +7,7 @@ mod node;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use dicom_ul::pdu::Pdu;
 use node::{ECHO, IMPLICIT, Node, connect, encode, receive, request};
@@ -207,9 +208,34 @@ fn a_peer_that_opens_tls_and_drips_is_ended() {
         if dripping.write_all(&[*byte]).is_err() {
             break;
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
     node.wait_for_log("PDU not complete after 500ms");
     let accepted = associate(&pki, &node, Some("peer")).unwrap();
     assert!(matches!(accepted, Some(Pdu::AssociationAC(_))));
+}
+
+#[test]
+fn handshakes_that_are_never_finished_keep_nobody_out() {
+    let pki = Pki::new();
+    let node = Node::start(&pki.settings("node"));
+    let hello = [0x16, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3];
+    let half_open: Vec<_> = (0..300)
+        .map(|index| {
+            let mut stream = connect(node.dicom);
+            stream
+                .write_all(&hello[..index % (hello.len() + 1)])
+                .unwrap();
+            stream
+        })
+        .collect();
+    let start = Instant::now();
+    let accepted = associate(&pki, &node, Some("peer")).unwrap();
+    assert!(
+        matches!(accepted, Some(Pdu::AssociationAC(_))),
+        "{accepted:?}"
+    );
+    // Their deadline is 10 s: nobody waits for that.
+    assert!(start.elapsed() < Duration::from_secs(8));
+    drop(half_open);
 }

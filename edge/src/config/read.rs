@@ -337,7 +337,7 @@ fn nearest<'k>(unknown: &str, known: &[&'k str]) -> Option<&'k str> {
         .map(|(_, key)| key)
 }
 
-/// Levenshtein's distance, `-` and `_` alike.
+/// How many slips of the fingers lie between two keys: a letter more, less or other, two letters exchanged; `-` and `_` are alike.
 fn edit_distance(left: &str, right: &str) -> usize {
     let same = |character: char| {
         if character == '-' {
@@ -346,18 +346,26 @@ fn edit_distance(left: &str, right: &str) -> usize {
             character.to_ascii_lowercase()
         }
     };
+    let left: Vec<char> = left.chars().map(same).collect();
     let right: Vec<char> = right.chars().map(same).collect();
-    let mut row: Vec<usize> = (0..=right.len()).collect();
-    for (index, wanted) in left.chars().map(same).enumerate() {
-        let mut diagonal = row[0];
-        row[0] = index + 1;
-        for (column, found) in right.iter().enumerate() {
-            let substituted = diagonal + usize::from(wanted != *found);
-            diagonal = row[column + 1];
-            row[column + 1] = substituted.min(diagonal + 1).min(row[column] + 1);
+    // Row `i`, column `j`: the distance of the first `i` letters to the first `j`.
+    let mut rows = vec![(0..=right.len()).collect::<Vec<usize>>()];
+    for i in 1..=left.len() {
+        let mut row = vec![i];
+        for j in 1..=right.len() {
+            let other = usize::from(left[i - 1] != right[j - 1]);
+            let mut least = (rows[i - 1][j - 1] + other).min(rows[i - 1][j] + 1);
+            least = least.min(row[j - 1] + 1);
+            let is_exchanged =
+                i > 1 && j > 1 && left[i - 1] == right[j - 2] && left[i - 2] == right[j - 1];
+            if is_exchanged {
+                least = least.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(least);
         }
+        rows.push(row);
     }
-    row[right.len()]
+    rows[left.len()][right.len()]
 }
 
 #[cfg(test)]
@@ -369,6 +377,7 @@ mod tests {
         let known = ["ae_title", "dicom_port", "http_bind"];
         assert_eq!(nearest("ae-titel", &known), Some("ae_title"));
         assert_eq!(nearest("dicomport", &known), Some("dicom_port"));
+        assert_eq!(nearest("prot", &["host", "port"]), Some("port"));
         assert_eq!(nearest("colour", &known), None);
     }
 }

@@ -38,13 +38,17 @@ pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
 /// How the page is shown, by the configuration.
 ///
 /// # Errors
-/// The token's file cannot be read.
+/// The token's file cannot be read, or holds nothing.
 pub(crate) fn settings(config: &Config) -> std::io::Result<Settings> {
     let token = config.page.token_file.as_ref();
     let token = token.map(std::fs::read_to_string).transpose()?;
+    let token = token.map(|token| token.trim().to_owned());
+    if token.as_ref().is_some_and(String::is_empty) {
+        return Err(std::io::Error::other("the file is empty"));
+    }
     Ok(Settings {
         is_anonymous: config.page.hide_patient_names,
-        token: token.map(|token| token.trim().to_owned()),
+        token,
     })
 }
 

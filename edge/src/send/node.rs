@@ -289,10 +289,31 @@ pub(crate) fn ways(config: &Config, device: &Device) -> anyhow::Result<Ways> {
     })
 }
 
+/// What is wrong with the secrets' files that the configuration names.
+pub(crate) fn faults_of_secrets(config: &Config) -> Vec<anyhow::Error> {
+    let webhook = config.webhook.as_ref().map(|webhook| &webhook.secret_file);
+    let stow = config
+        .stow
+        .as_ref()
+        .and_then(|stow| stow.token_file.as_ref());
+    let files = [
+        ("[webhook] secret_file", webhook),
+        ("[stow] token_file", stow),
+    ];
+    let read = files
+        .into_iter()
+        .filter_map(|(name, path)| Some(secret(path?).err()?.context(name)));
+    read.collect()
+}
+
 /// A secret, white space at its end taken off.
 fn secret(path: &Path) -> anyhow::Result<Secret> {
     let bytes = bounded(path).with_context(|| path.display().to_string())?;
-    Ok(Secret(bytes.trim_ascii_end().to_vec()))
+    let bytes = bytes.trim_ascii_end();
+    if bytes.is_empty() {
+        return Err(anyhow!("{}: the file is empty", path.display()));
+    }
+    Ok(Secret(bytes.to_vec()))
 }
 
 fn bounded(path: &Path) -> std::io::Result<Vec<u8>> {
