@@ -4,8 +4,8 @@
 //! The helpers are started once; a round of the barrier starts each image.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
 /// What a crew does.
@@ -37,14 +37,53 @@ impl Place {
     }
 }
 
+/// Looks at the round before a waiting thread goes to sleep: some tens of microseconds, which is what waking it takes.
+const LOOKS: u32 = 2_000;
+
 /// Where the threads wait for each other.
+///
+/// The parts of a slice end at nearly the same time, so that a waiting thread first looks out for the last one and sleeps only when that takes
+/// long, as it does between slices.
 #[derive(Debug)]
-pub(crate) struct Meeting(Barrier);
+pub(crate) struct Meeting {
+    n_threads: usize,
+    n_here: AtomicUsize,
+    /// Counts the meetings; wraps.
+    round: AtomicUsize,
+    sleepers: Mutex<()>,
+    wake: Condvar,
+}
 
 impl Meeting {
-    /// Waits until every thread of the crew is here.
+    fn new(n_threads: usize) -> Self {
+        Self {
+            n_threads,
+            n_here: AtomicUsize::new(0),
+            round: AtomicUsize::new(0),
+            sleepers: Mutex::new(()),
+            wake: Condvar::new(),
+        }
+    }
+
+    /// Waits until every thread of the crew is here. What each did before is seen by all after.
     pub(crate) fn wait(&self) {
-        self.0.wait();
+        let round = self.round.load(Ordering::Acquire);
+        if self.n_here.fetch_add(1, Ordering::AcqRel) + 1 == self.n_threads {
+            self.n_here.store(0, Ordering::Relaxed);
+            let sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+            self.round.store(round.wrapping_add(1), Ordering::Release);
+            drop(sleepers);
+            return self.wake.notify_all();
+        }
+        let is_over = || self.round.load(Ordering::Acquire) != round;
+        for _ in 0..LOOKS {
+            if is_over() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.wake.wait_while(sleepers, |()| !is_over()));
     }
 }
 
@@ -74,7 +113,7 @@ impl<W: Work> Crew<W> {
         let shared = Arc::new(Shared {
             work,
             image: RwLock::new(vec![0; image_bytes]),
-            meeting: Meeting(Barrier::new(n_threads)),
+            meeting: Meeting::new(n_threads),
             is_stopping: AtomicBool::new(false),
         });
         let mut crew = Self {
