@@ -267,22 +267,18 @@ impl<'a> ConvRow<'a> {
         &self.weights[kernel_row * n..][..n]
     }
 
-    /// What one kernel row covers at each position of `COLUMNS` pooling windows, in steps of `STEP` bytes.
+    /// What one kernel row covers at each position of a pooling window, in steps of `STEP` bytes.
     #[inline]
-    fn windows<const COLUMNS: usize, const STEP: usize>(
-        &self,
-        kernel_row: usize,
-        first_column: usize,
-    ) -> Windows<'a, COLUMNS, STEP> {
+    fn window<const STEP: usize>(&self, kernel_row: usize, column: usize) -> Window<'a, STEP> {
         let n_steps = self.kernel_row_bytes / STEP;
-        let steps = std::array::from_fn(|position| {
-            let input = self.rows[kernel_row + position / 2];
-            std::array::from_fn(|column| {
-                let start = (2 * (first_column + column) + position % 2) * self.column_bytes;
-                &input[start..].as_chunks().0[..n_steps]
-            })
-        });
-        Windows { steps, n_steps }
+        let mut steps: [&[[u8; STEP]]; POSITIONS] = [&[]; POSITIONS];
+        // A loop, because the compiler does not inline a closure here, and the sums would leave the registers for its call.
+        for (position, steps) in steps.iter_mut().enumerate() {
+            let start = (2 * column + position % 2) * self.column_bytes;
+            let line = &self.rows[kernel_row + position / 2][start..];
+            *steps = &line.as_chunks().0[..n_steps];
+        }
+        Window { steps, n_steps }
     }
 
     /// The bias, vector by vector.
@@ -321,22 +317,22 @@ impl<'a> ConvRow<'a> {
     }
 }
 
-/// The activations under one kernel row, for each position and column of a tile.
+/// The activations under one kernel row, for each position of a pooling window.
 ///
 /// Lengths are checked when it is made, so that the innermost loops, bounded by `n_steps`, run without checks.
-struct Windows<'a, const COLUMNS: usize, const STEP: usize> {
+struct Window<'a, const STEP: usize> {
     /// Each `n_steps` long.
-    steps: [[&'a [[u8; STEP]]; COLUMNS]; POSITIONS],
+    steps: [&'a [[u8; STEP]]; POSITIONS],
     n_steps: usize,
 }
 
-impl<'a, const COLUMNS: usize, const STEP: usize> Windows<'a, COLUMNS, STEP> {
-    /// One step at one position and column.
+impl<'a, const STEP: usize> Window<'a, STEP> {
+    /// One step at one position.
     #[inline]
-    fn at(&self, position: usize, column: usize, step: usize) -> &'a [u8; STEP] {
+    fn at(&self, position: usize, step: usize) -> &'a [u8; STEP] {
         assert!(step < self.n_steps, "a step of the kernel row");
         // SAFETY: every slice is `n_steps` long since it was made, and `step` is below.
-        unsafe { self.steps[position][column].get_unchecked(step) }
+        unsafe { self.steps[position].get_unchecked(step) }
     }
 }
 

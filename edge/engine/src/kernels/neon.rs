@@ -44,11 +44,11 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 fn tile(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
     let mut sums = [[vdupq_n_s32(0); CHANNELS]; POSITIONS];
     for kernel_row in 0..row.kernel_rows() {
-        let windows = row.windows::<1, 16>(kernel_row, column);
+        let window = row.window::<16>(kernel_row, column);
         let weights = row.kernel_row_weights(kernel_row).as_chunks::<16>().0;
-        for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<CHANNELS>().0) {
+        for (step, weights) in (0..window.n_steps).zip(weights.as_chunks::<CHANNELS>().0) {
             for (position, sums) in sums.iter_mut().enumerate() {
-                let activations = load_offset(windows.at(position, 0, step));
+                let activations = load_offset(window.at(position, step));
                 for (sum, weights) in sums.iter_mut().zip(weights) {
                     *sum = add_products(*sum, activations, load_weights(weights));
                 }

@@ -48,7 +48,7 @@ fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) 
         }
     }
     for kernel_row in 0..row.kernel_rows() {
-        let windows = row.windows::<1, 16>(kernel_row, column);
+        let window = row.window::<16>(kernel_row, column);
         let weights = row
             .kernel_row_weights(kernel_row)
             .as_chunks::<16>()
@@ -56,11 +56,11 @@ fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) 
             .as_chunks::<VECTORS>()
             .0;
         for (step, [first, second, third, fourth]) in
-            (0..windows.n_steps).zip(weights.as_chunks::<4>().0)
+            (0..window.n_steps).zip(weights.as_chunks::<4>().0)
         {
             let mut activations = [vdupq_n_s8(0); POSITIONS];
             for (position, activations) in activations.iter_mut().enumerate() {
-                *activations = load_offset(windows.at(position, 0, step));
+                *activations = load_offset(window.at(position, step));
             }
             add_lane::<VECTORS, 0>(&mut sums, activations, first);
             add_lane::<VECTORS, 1>(&mut sums, activations, second);

@@ -50,16 +50,16 @@ fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) 
     // Two rows of positions, and for each vector of channels two squares.
     let mut sums: [[[Square; 2]; VECTORS]; 2] = [[[vdupq_n_s32(0); 2]; VECTORS]; 2];
     for kernel_row in 0..row.kernel_rows() {
-        let windows = row.windows::<1, 16>(kernel_row, column);
+        let window = row.window::<16>(kernel_row, column);
         let weights = row
             .kernel_row_weights(kernel_row)
             .as_chunks::<32>()
             .0
             .as_chunks::<VECTORS>()
             .0;
-        for (step, [low, high]) in (0..windows.n_steps).zip(weights.as_chunks::<2>().0) {
-            let [a, b] = [load(windows.at(0, 0, step)), load(windows.at(1, 0, step))];
-            let [c, d] = [load(windows.at(2, 0, step)), load(windows.at(3, 0, step))];
+        for (step, [low, high]) in (0..window.n_steps).zip(weights.as_chunks::<2>().0) {
+            let [a, b] = [load(window.at(0, step)), load(window.at(1, step))];
+            let [c, d] = [load(window.at(2, step)), load(window.at(3, step))];
             add_group(&mut sums, [low_halves(a, b), low_halves(c, d)], low);
             add_group(&mut sums, [high_halves(a, b), high_halves(c, d)], high);
         }

@@ -1,8 +1,10 @@
 //! Every kernel that this CPU runs equals the scalar definition, over the full range of weights and activations.
 
-use proptest::prelude::{ProptestConfig, any, prop_assert_eq, proptest};
+use proptest::prelude::{Just, ProptestConfig, any, prop_assert_eq, prop_oneof, proptest};
 use proptest::test_runner::TestCaseError;
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::float::FloatKernel;
 use super::{
     ConvRow, Kernel, Unpacked, WinogradLayer, WinogradRow, WinogradScratch, conv_row, dense,
     is_exact, pack, winograd_row,
@@ -227,15 +229,17 @@ proptest! {
     #[test]
     fn convolution_rows_equal_the_scalar_definition(
         seed in any::<u64>(),
-        is_patch in any::<bool>(),
-        row_bytes in 1_usize..150,
-        column_bytes in 1_usize..50,
+        // Three rows; one row; the patches of an image of three channels, for which kernels have code of their own.
+        (kernel_rows, row_bytes, column_bytes) in prop_oneof![
+            (Just(3), 1_usize..150, 1_usize..50),
+            (Just(1), 1_usize..150, 1_usize..50),
+            (Just(1), 27_usize..28, 36_usize..37),
+        ],
         n_channels in 1_usize..100,
         n_columns in 1_usize..9,
         exponent in -16_i32..2,
         extreme in (0_u8..6, 0_u8..6),
     ) {
-        let kernel_rows = if is_patch { 1 } else { 3 };
         let scale = 2.0_f32.powi(exponent) / 255.0;
         check_layer(&Layer { seed, kernel_rows, row_bytes, column_bytes, n_channels, n_columns, scale, extreme })?;
     }
@@ -276,6 +280,30 @@ fn every_width_of_the_published_systems_is_exact() {
             extreme,
         };
         check_layer(&layer).unwrap();
+    }
+}
+
+/// The other tests run the kernels that detection finds; here it must find all that the system speaks of.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[test]
+fn no_kernel_of_this_cpu_is_left_out() {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let has = |flag: &str| cpu.split_whitespace().any(|word| word == flag);
+    let kernels: Vec<_> = Kernel::available().collect();
+    let floats: Vec<_> = FloatKernel::available().collect();
+    println!("kernels of this CPU: {kernels:?}, in f32 {floats:?}");
+    for (kernel, flag) in [
+        (Kernel::Avx2, "avx2"),
+        (Kernel::AvxVnni, "avx_vnni"),
+        (Kernel::Avx512Vnni, "avx512_vnni"),
+    ] {
+        assert_eq!(kernels.contains(&kernel), has(flag), "{kernel}");
+    }
+    for (kernel, flag) in [
+        (FloatKernel::Avx2, "avx2"),
+        (FloatKernel::Avx512, "avx512f"),
+    ] {
+        assert_eq!(floats.contains(&kernel), has(flag), "{kernel}");
     }
 }
 

@@ -28,14 +28,14 @@ macro_rules! tile_256 {
                 }
             }
             for kernel_row in 0..row.kernel_rows() {
-                let windows = row.windows::<1, 4>(kernel_row, column);
+                let window = row.window::<4>(kernel_row, column);
                 let weights = row
                     .kernel_row_weights(kernel_row)
                     .as_chunks::<$weight_bytes>()
                     .0;
-                for (step, weights) in (0..windows.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
+                for (step, weights) in (0..window.n_steps).zip(weights.as_chunks::<VECTORS>().0) {
                     for (position, sums) in sums.iter_mut().enumerate() {
-                        $add(sums, windows.at(position, 0, step), weights);
+                        $add(sums, window.at(position, step), weights);
                     }
                 }
             }
