@@ -1,12 +1,15 @@
-"""Compares the engine with onnxruntime and OpenVINO on one file: logits, then times, interleaved.
+"""Compares the engine with onnxruntime, OpenVINO, LiteRT, ncnn and tract as it comes on one network: results, then times, interleaved.
 
-Usage: peer_bench.py RUN MODEL [--rounds N] [--threads 1 2] [--kernel NAME]
+Usage: peer_bench.py RUN MODEL [--rounds N] [--threads 1 2] [--kernel NAME] [--peers NAME ...]
 
 RUN is the binary of `cargo build --workspace --example run`; MODEL a file of `trainer quantize`, whose logits must equal onnxruntime's bit for bit, or
 of `trainer export`, whose probabilities must be within 1e-5 of them. With --make a
-file of random weights in that form is written to MODEL first: calibrated on noise so that the activations use their range.
-Every engine runs the same noise images, which allow no skipping, in turns of a few images, so that all see the same machine. In brackets: our
+file of random weights in that form, with --float in f32, is written to MODEL first: calibrated on noise so that the activations use their range.
+LiteRT and ncnn get an int8 file in their own form (peer_files.py), tract the ONNX file, on one thread; their probabilities, and OpenVINO's, must be within 0.02
+of ours. Every engine runs the same noise images, which allow no skipping, in turns of a few images, so that all see the same machine. In brackets: our
 time as a part of each. On a machine that others use too, the least CPU time is the figure to trust (one thread; with more, onnxruntime's spin).
+
+Needs onnx, onnxruntime, openvino, ai-edge-litert and ncnn from PyPI, or those that --peers names.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import time
 
 import numpy as np
 import onnx
+import peer_files
 from onnx import TensorProto, helper, numpy_helper
 
 IMAGE = (3, 256, 256)
@@ -81,6 +85,44 @@ def make(path, convolutions, dense, seed=1):
     value = layer("Gemm", value, (1, inputs), scale, transB=1)
     nodes[-1].output[0] = "logit"
     nodes.append(helper.make_node("Sigmoid", ["logit"], ["probability"]))
+    save(path, nodes, constants)
+
+
+def make_float(path, layers):
+    """Writes quantized layers in real numbers, in the form of `trainer export`."""
+    constants, nodes, value = [], [], "image"
+
+    def constant(name, array):
+        constants.append(numpy_helper.from_array(array.astype(np.float32), name))
+        return name
+
+    def node(op, inputs, output, **attributes):
+        nonlocal value
+        nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        value = output
+
+    node("Cast", [value], "cast", to=TensorProto.FLOAT)
+    node("Mul", [value, constant("scale", layers[0].input_scale)], "scaled")
+    for index, layer in enumerate(layers):
+        per_output = layer.scales.reshape(-1, *[1] * (layer.weights.ndim - 1))
+        w = constant(f"w{index}", layer.weights * per_output)
+        b = constant(f"b{index}", layer.bias * (layer.input_scale * layer.scales))
+        if layer.is_convolution:
+            node("Conv", [value, w, b], f"conv{index}", kernel_shape=[3, 3])
+            node("Relu", [value], f"relu{index}")
+            node("MaxPool", [value], f"pool{index}", kernel_shape=[2, 2], strides=[2, 2])
+            continue
+        if layers[index - 1].is_convolution:
+            node("Flatten", [value], "flat", axis=1)
+        is_last = layer is layers[-1]
+        node("Gemm", [value, w, b], "logit" if is_last else f"dense{index}", transB=1)
+        if not is_last:
+            node("Relu", [value], f"relu{index}")
+    node("Sigmoid", [value], "probability")
+    save(path, nodes, constants)
+
+
+def save(path, nodes, constants):
     graph = helper.make_graph(
         nodes, "network",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", *IMAGE])],
@@ -96,6 +138,7 @@ class Engine:
 
     def __init__(self, run, model, images, kernel, threads):
         command = [run, model, images, kernel, str(threads)]
+        # Peers are started by spawning: a forked one would hold the other end of this pipe open.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.head = self.process.stdout.readline().strip()
         self.bits = self.head.split("logits ")[1].split()
@@ -125,9 +168,11 @@ class Peer:
     """A runtime in a process of its own, so that no other's threads are counted."""
 
     def __init__(self, start, model, threads, images):
-        self.pipe, other = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=serve, args=(other, start, model, threads, images), daemon=True)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, start, model, threads, images), daemon=True)
         self.process.start()
+        other.close()
         self.bits = self.pipe.recv()
 
     def burst(self, n):
@@ -140,7 +185,8 @@ class Peer:
 
 
 def serve(pipe, start, model, threads, images):
-    infer = start(model, threads)
+    prepare, infer = start(model, threads)
+    images = [prepare(image) for image in images]
     pipe.send([f"{np.float32(infer(image)).view(np.uint32):08x}" for image in images])
     images = itertools.cycle(images)
     while n := pipe.recv():
@@ -152,6 +198,9 @@ def serve(pipe, start, model, threads, images):
         pipe.send((times, (time.process_time() - before) / n * 1e6))
 
 
+# Each runtime: how it wants an image, which is not timed, and the logit of such a one.
+
+
 def onnxruntime(model, threads):
     import onnxruntime as ort
 
@@ -159,29 +208,74 @@ def onnxruntime(model, threads):
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda image: session.run(["logit"], {"image": image})[0].ravel()[0]
+    return as_it_is, lambda image: session.run(["logit"], {"image": image})[0].ravel()[0]
 
 
 def openvino(model, threads):
     import openvino as ov
 
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    # As float files are compared: without the hint OpenVINO would round them to bf16 where the CPU has it.
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(model, "CPU", hints)
     request = compiled.create_infer_request()
-    return lambda image: request.infer({"image": image})["logit"].ravel()[0]
+    return as_it_is, lambda image: request.infer({"image": image})["logit"].ravel()[0]
+
+
+def litert(model, threads):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(f"{model}.tflite", num_threads=threads)
+    interpreter.allocate_tensors()
+    [image_in], [logit_out] = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def infer(image):
+        interpreter.set_tensor(image_in["index"], image)
+        interpreter.invoke()
+        return interpreter.get_tensor(logit_out["index"]).ravel()[0] * np.float32(logit_out["quantization"][0])
+
+    return lambda image: np.ascontiguousarray((image.transpose(0, 2, 3, 1) ^ 128).view(np.int8)), infer
+
+
+def ncnn(model, threads):
+    import ncnn
+
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    assert net.load_param(f"{model}.param") == 0 and net.load_model(f"{model}.bin") == 0
+    last = net.output_names()[0]
+
+    def prepare(image):
+        pixels = image[0] / np.float32(255)  # named, because a Mat does not keep it alive
+        return ncnn.Mat(pixels).clone()
+
+    def infer(image):
+        extractor = net.create_extractor()
+        extractor.input("image", image)
+        return np.array(extractor.extract(last)[1]).ravel()[0]
+
+    return prepare, infer
+
+
+def as_it_is(image):
+    return image
+
+
+PEERS = {peer.__name__: peer for peer in (onnxruntime, openvino, litert, ncnn)}
 
 
 def is_quantized(model):
     return any(node.op_type == "QuantizeLinear" for node in onnx.load(model).graph.node)
 
 
-def compare(ours, theirs, is_exact):
-    if is_exact:
+def compare(name, ours, theirs, is_quantized):
+    """Asserts that a peer computes the same network."""
+    if name == "onnxruntime" and is_quantized:
         assert ours == theirs, "engine and onnxruntime differ"
         return
     ours, theirs = (np.array([int(b, 16) for b in bits], np.uint32).view(np.float32).astype(float) for bits in (ours, theirs))
     change = np.abs(1 / (1 + np.exp(-ours)) - 1 / (1 + np.exp(-theirs))).max()
-    print(f"  probabilities differ from onnxruntime's by at most {change:.1e}")
-    assert change <= 1e-5, "engine and onnxruntime differ"
+    print(f"  probabilities differ from {name}'s by at most {change:.1e}")
+    assert change <= (0.02 if is_quantized else 1e-5), f"engine and {name} differ"
 
 
 def main():
@@ -189,44 +283,68 @@ def main():
     parser.add_argument("run")
     parser.add_argument("model")
     parser.add_argument("--make", help="convolutions/hidden dense layers to write, as 512,256,128/256")
+    parser.add_argument("--float", action="store_true", help="writes it in f32")
     parser.add_argument("--kernel", default="fastest")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--burst", type=int, default=2)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--peers", nargs="*", default=[*PEERS, "tract"])
     arguments = parser.parse_args()
+    model = arguments.model
     if arguments.make:
         convolutions, dense = ([int(n) for n in part.split(",") if n] for part in arguments.make.split("/"))
-        make(arguments.model, convolutions, dense)
+        make(model, convolutions, dense)
+        if arguments.float:
+            make_float(model, peer_files.read_chain(model))
 
     images = np.random.default_rng(7).integers(0, 256, (4, 1, *IMAGE), dtype=np.uint8)
-    with tempfile.NamedTemporaryFile(suffix=".u8", delete=False) as file:
-        file.write(images.tobytes())
-    for threads in arguments.threads:
-        engines = {"engine": Engine(arguments.run, arguments.model, file.name, arguments.kernel, threads)}
-        engines |= {start.__name__: Peer(start, arguments.model, threads, images) for start in (onnxruntime, openvino)}
-        print(f"{threads} thread(s), load {os.getloadavg()[0]:.1f}; {engines['engine'].head}")
+    with tempfile.TemporaryDirectory() as folder:
+        images_file = os.path.join(folder, "images.u8")
+        images.tofile(images_file)
+        for threads in arguments.threads:
+            bench(arguments, folder, images, images_file, threads)
+
+
+def bench(arguments, folder, images, images_file, threads):
+    model, is_int8 = arguments.model, is_quantized(arguments.model)
+    engine = Engine(arguments.run, model, images_file, arguments.kernel, threads)
+    engines, files = {"engine": engine}, {}
+    if is_int8 and {"litert", "ncnn"} & set(arguments.peers):
+        stem, layers = os.path.join(folder, "network"), peer_files.read_chain(model)
+        logits = np.array([int(bits, 16) for bits in engine.bits], np.uint32).view(np.float32)
+        peer_files.write_litert(layers, f"{stem}.tflite", float(np.abs(logits).max() / 100))
+        peer_files.write_ncnn(layers, stem)
+        files = {"litert": stem, "ncnn": stem}
+    for name in arguments.peers:
+        if name == "tract" and threads == 1:
+            engines[name] = Engine(arguments.run, model, images_file, name, threads)
+        elif name in PEERS and (is_int8 or name not in ("litert", "ncnn")):
+            engines[name] = Peer(PEERS[name], files.get(name, model), threads, images)
+    print(f"{threads} thread(s), load {os.getloadavg()[0]:.1f}; {engine.head}")
+    for name, peer in engines.items():
+        print(f"  {name:12} logit bits {' '.join(peer.bits)}")
+    for name, peer in engines.items():
+        if peer is not engine:
+            compare(name, engine.bits, peer.bits, is_int8)
+    wall, cpu, alone = ({name: [] for name in engines} for _ in range(3))
+    for _ in range(arguments.rounds):
         for name, engine in engines.items():
-            print(f"  {name:12} logit bits {' '.join(engine.bits)}")
-        compare(engines["engine"].bits, engines["onnxruntime"].bits, is_quantized(arguments.model))
-        wall, cpu = ({name: [] for name in engines} for _ in range(2))
-        for _ in range(arguments.rounds):
-            for name, engine in engines.items():
-                engine.burst(1)  # brings its weights and code back into the caches
-                times, of_one = engine.burst(arguments.burst)
-                wall[name] += times
-                cpu[name].append(of_one)
-        columns = {
-            "wall median": {name: statistics.median(wall[name]) for name in engines},
-            "wall least": {name: min(wall[name]) for name in engines},
-            "CPU median": {name: statistics.median(cpu[name]) for name in engines},
-            "CPU least": {name: min(cpu[name]) for name in engines},
-        }
-        for name in engines:
-            figures = [f"{what} {of[name] / 1e3:8.3f} ms ({of['engine'] / of[name]:.3f})" for what, of in columns.items()]
-            print(f"  {name:12} {', '.join(figures)}")
-        for engine in engines.values():
-            engine.stop()
-    os.unlink(file.name)
+            alone[name] += engine.burst(1)[0]  # brings its weights and code back into the caches
+            times, of_one = engine.burst(arguments.burst)
+            wall[name] += times
+            cpu[name].append(of_one)
+    columns = {
+        "one slice after the others'": {name: statistics.median(alone[name]) for name in engines},
+        "wall median": {name: statistics.median(wall[name]) for name in engines},
+        "wall least": {name: min(wall[name]) for name in engines},
+        "CPU median": {name: statistics.median(cpu[name]) for name in engines},
+        "CPU least": {name: min(cpu[name]) for name in engines},
+    }
+    for name in engines:
+        figures = [f"{what} {of[name] / 1e3:8.3f} ms ({of['engine'] / of[name]:.3f})" for what, of in columns.items()]
+        print(f"  {name:12} {', '.join(figures)}")
+    for engine in engines.values():
+        engine.stop()
 
 
 if __name__ == "__main__":
