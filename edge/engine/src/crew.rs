@@ -185,3 +185,29 @@ impl<W: Work> Drop for Crew<W> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More threads than cores, so that some look out and some sleep.
+    #[test]
+    fn nobody_leaves_a_meeting_before_all_are_here() {
+        const THREADS: usize = 8;
+        const ROUNDS: usize = 500;
+        let meeting = Meeting::new(THREADS);
+        let arrived = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    for round in 1..=ROUNDS {
+                        arrived.fetch_add(1, Ordering::Relaxed);
+                        meeting.wait();
+                        assert_eq!(arrived.load(Ordering::Relaxed), round * THREADS);
+                        meeting.wait();
+                    }
+                });
+            }
+        });
+    }
+}
