@@ -12,6 +12,9 @@ mod model_file;
 
 use engine::{Kernel, Model, Options};
 use model_file::{Network, Random};
+use tract_onnx::prelude::{
+    Datum, Framework, InferenceFact, InferenceModelExt, IntoRunnable, Tensor, tvec,
+};
 
 #[track_caller]
 fn check(seed: u64, image: [usize; 3], convolutions: &[usize], dense: &[usize]) {
@@ -119,5 +122,50 @@ fn constant_regions_are_exact() {
                 );
             }
         }
+    }
+}
+
+/// A chain is read from the ONNX graph by us alone. tract, which types and runs the same file in f32, must find the same network in it.
+#[test]
+fn tract_reads_the_same_network_in_a_chain() {
+    let image = [3, 38, 30];
+    let network = Network::random(8, image, &[20, 12], &[6, 1]);
+    let file = network.file();
+    let shape = [1, 3, 38, 30];
+    let plan = tract_onnx::onnx()
+        .model_for_read(&mut file.as_slice())
+        .unwrap()
+        .with_input_fact(0, InferenceFact::dt_shape(u8::datum_type(), shape))
+        .unwrap()
+        .into_optimized()
+        .unwrap()
+        .into_runnable()
+        .unwrap();
+    let images = Random::new(9).bytes(4 * image.iter().product::<usize>());
+    let (mut ours, mut tracts) = (Vec::new(), Vec::new());
+    for image in images.chunks_exact(images.len() / 4) {
+        let outputs = plan.run(tvec!(Tensor::from_shape(&shape, image).unwrap().into()));
+        let outputs = outputs.unwrap();
+        tracts.push(
+            outputs[0]
+                .try_as_plain_ram()
+                .unwrap()
+                .as_slice::<f32>()
+                .unwrap()[0],
+        );
+        let mut logit = [0.0];
+        let model = Model::load(&file, &Options::default()).unwrap();
+        model.session().logits(image, &mut logit).unwrap();
+        ours.push(logit[0]);
+    }
+    let spread = |of: &[f32]| {
+        of.iter().copied().fold(f32::MIN, f32::max) - of.iter().copied().fold(f32::MAX, f32::min)
+    };
+    // tract rounds products of f32 where ours are integers, which moves single activations by one step.
+    for (ours_of, tracts_of) in ours.iter().zip(&tracts) {
+        assert!(
+            (ours_of - tracts_of).abs() < 0.05 * spread(&ours),
+            "{ours:?}, {tracts:?}"
+        );
     }
 }
