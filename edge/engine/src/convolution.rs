@@ -127,42 +127,77 @@ impl GeneralConvolution {
     ///
     /// Where the image or `out` have another size, or the kernel does not fit the image.
     pub(crate) fn run(&self, image: &[u8], size: [usize; 2], out: &mut [u8]) {
+        let [rows, columns] = self.output_size(size).expect("the kernel fits the image");
+        let outputs = self.n_outputs();
+        assert_eq!(out.len(), outputs * rows * columns, "the output's size");
+        let (padded, row_bytes) = self.pad(image, size);
+        let per_group = outputs / self.definition.groups;
+        let group_bytes = per_group * self.patch_bytes;
+        let mut patch = vec![0; self.patch_bytes];
+        let mut sums = vec![0; per_group];
+        // One row of outputs, `[column, output]`, as the sums come.
+        let mut pixels = vec![0; columns * outputs];
+        for row in 0..rows {
+            for (column, pixel) in pixels.chunks_exact_mut(outputs).enumerate() {
+                for (group, pixel) in pixel.chunks_exact_mut(per_group).enumerate() {
+                    self.gather(&padded, row_bytes, [row, column], group, &mut patch);
+                    let weights = &self.arranged[group * group_bytes..][..group_bytes];
+                    kernels::dense(self.kernel, &patch, weights, &mut sums);
+                    self.requantize(group * per_group, &sums, pixel);
+                }
+            }
+            for (output, plane) in out.chunks_exact_mut(rows * columns).enumerate() {
+                let line = plane[row * columns..][..columns].iter_mut();
+                for (to, pixel) in line.zip(pixels.chunks_exact(outputs)) {
+                    *to = pixel[output];
+                }
+            }
+        }
+    }
+
+    /// What one position of a group sees of the padded image, `[row, column, input of the group]`.
+    fn gather(
+        &self,
+        padded: &[u8],
+        row_bytes: usize,
+        [row, column]: [usize; 2],
+        group: usize,
+        patch: &mut [u8],
+    ) {
         let Definition {
-            shape: [outputs, inputs, height, width],
+            shape: [_, inputs, height, width],
             groups,
             strides,
             dilations,
             ..
         } = self.definition;
-        let [rows, columns] = self.output_size(size).expect("the kernel fits the image");
-        assert_eq!(out.len(), outputs * rows * columns, "the output's size");
-        let (padded, row_bytes) = self.pad(image, size);
         let channels = self.n_inputs();
-        let per_group = outputs / groups;
-        let mut patch = vec![0; self.patch_bytes];
-        let mut sums = vec![0; per_group];
-        for (position, group) in (0..rows * columns).flat_map(|p| (0..groups).map(move |g| (p, g)))
-        {
-            let (row, column) = (position / columns, position % columns);
-            let taps = (0..height).flat_map(|y| (0..width).map(move |x| (y, x)));
-            for (to, (y, x)) in patch.chunks_exact_mut(inputs).zip(taps) {
-                let from = (row * strides[0] + y * dilations[0]) * row_bytes
-                    + (column * strides[1] + x * dilations[1]) * channels
-                    + group * inputs;
-                to.copy_from_slice(&padded[from..][..inputs]);
-            }
-            let first = group * per_group;
-            let weights =
-                &self.arranged[first * self.patch_bytes..][..per_group * self.patch_bytes];
-            kernels::dense(self.kernel, &patch, weights, &mut sums);
-            for (output, &sum) in (first..).zip(&sums) {
-                out[output * rows * columns + position] = requantize(
-                    sum + self.bias[output],
-                    self.definition.scale[output],
-                    self.definition.output_zero,
-                    self.definition.lowest,
-                );
-            }
+        // Neighbours that lie side by side are copied at once.
+        let at_once = if groups == 1 && dilations[1] == 1 {
+            width
+        } else {
+            1
+        };
+        let taps = (0..height).flat_map(|y| (0..width).step_by(at_once).map(move |x| (y, x)));
+        for (to, (y, x)) in patch.chunks_exact_mut(at_once * inputs).zip(taps) {
+            let from = (row * strides[0] + y * dilations[0]) * row_bytes
+                + (column * strides[1] + x * dilations[1]) * channels
+                + group * inputs;
+            to.copy_from_slice(&padded[from..][..at_once * inputs]);
+        }
+    }
+
+    /// Sums of the outputs from `first` on, to u8.
+    fn requantize(&self, first: usize, sums: &[i32], out: &mut [u8]) {
+        let Definition {
+            ref scale,
+            output_zero,
+            lowest,
+            ..
+        } = self.definition;
+        let parameters = self.bias[first..].iter().zip(&scale[first..]);
+        for ((to, &sum), (&bias, &scale)) in out.iter_mut().zip(sums).zip(parameters) {
+            *to = requantize(sum + bias, scale, output_zero, lowest);
         }
     }
 
@@ -218,7 +253,11 @@ pub(crate) fn folded_bias(weights: &[u8], bias: &[i32], input_zero: u8) -> Optio
     filters.zip(bias).map(of_output).collect()
 }
 
+/// 1.5 x 2^23: the f32 beside it are the integers, so that adding it rounds to one, half to even, and subtracting it leaves that one.
+const ROUNDS: f32 = 12_582_912.0;
+
 /// `clamp(round_half_even(f32(sum) x scale) + zero, lowest, 255)`.
+#[inline]
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -226,7 +265,8 @@ pub(crate) fn folded_bias(weights: &[u8], bias: &[i32], input_zero: u8) -> Optio
     reason = "the conversion to f32 is the definition; the value is clamped to 0..=255 before it becomes u8"
 )]
 pub(crate) fn requantize(sum: i32, scale: f32, zero: u8, lowest: u8) -> u8 {
-    let shifted = (sum as f32 * scale).clamp(-512.0, 512.0).round_ties_even() + f32::from(zero);
+    let rounded = ((sum as f32 * scale).clamp(-512.0, 512.0) + ROUNDS) - ROUNDS;
+    let shifted = rounded + f32::from(zero);
     shifted.clamp(f32::from(lowest), 255.0) as u8
 }
 
@@ -287,6 +327,17 @@ mod tests {
             state.to_be_bytes()[0]
         };
         std::iter::repeat_with(next).take(n).collect()
+    }
+
+    #[test]
+    fn requantize_rounds_half_to_even() {
+        for sum in -1100..1100 {
+            let expected = (f64::from(sum) / 2.0).round_ties_even() + 100.0;
+            let expected = expected.clamp(3.0, 255.0) as u8;
+            assert_eq!(requantize(sum, 0.5, 100, 3), expected, "{sum}");
+        }
+        assert_eq!(requantize(i32::MAX, 1e9, 0, 0), 255);
+        assert_eq!(requantize(i32::MIN, 1e9, 255, 7), 7);
     }
 
     proptest! {
