@@ -8,6 +8,7 @@ use std::sync::Arc;
 use prost::Message as _;
 use shared::manifest::{METADATA_KEY, Manifest, ManifestError};
 use tract_onnx::pb::ModelProto;
+use tract_onnx::pb::tensor_proto::DataType;
 
 use crate::chain::recognise;
 use crate::contract;
@@ -71,6 +72,12 @@ pub enum LoadError {
     Weight {
         /// Name of the ONNX node.
         layer: String,
+    },
+    /// A real constant is NaN or infinite: a ReLU or a max pool would make a number of it again.
+    #[error("{tensor}: a value is not finite")]
+    NotFinite {
+        /// Name of the ONNX tensor.
+        tensor: String,
     },
     /// An accumulator could leave i32.
     #[error(
@@ -160,6 +167,7 @@ impl Model {
             return Err(LoadError::Threads(options.threads));
         }
         let mut proto = ModelProto::decode(onnx)?;
+        check_finite(&proto)?;
         let text = proto
             .metadata_props
             .iter()
@@ -249,6 +257,22 @@ impl Model {
     pub(crate) fn program(&self) -> &Program {
         &self.program
     }
+}
+
+fn check_finite(proto: &ModelProto) -> Result<(), LoadError> {
+    let constants = proto.graph.iter().flat_map(|graph| &graph.initializer);
+    for tensor in constants.filter(|tensor| tensor.data_type == DataType::Float as i32) {
+        let raw = tensor.raw_data.as_chunks().0.iter();
+        let mut values = raw.map(|&bytes| f32::from_le_bytes(bytes));
+        let is_finite =
+            values.all(f32::is_finite) && tensor.float_data.iter().all(|value| value.is_finite());
+        if !is_finite {
+            return Err(LoadError::NotFinite {
+                tensor: tensor.name.clone(),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn program(

@@ -40,6 +40,20 @@ fn an_accumulator_that_could_overflow_is_refused_with_its_channel() {
 }
 
 #[test]
+fn a_weight_or_scale_that_is_not_finite_is_refused() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut network = network();
+        network.dense[0].weight_scales[0] = bad;
+        for file in [network.file(), network.float_file()] {
+            assert!(matches!(
+                Model::load(&file, &Options::default()),
+                Err(LoadError::NotFinite { .. })
+            ));
+        }
+    }
+}
+
+#[test]
 fn bytes_that_are_no_onnx_are_refused() {
     assert!(matches!(
         Model::load(b"\xff\xff\xff", &Options::default()),
