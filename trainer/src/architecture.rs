@@ -3,6 +3,8 @@
 //! In: a name from the command line. Out: the layers' units, the optimiser, the number of epochs and of images that
 //! the publication used, and its published figures. Building the network is left to [`crate::network`].
 
+use crate::exit::{Exit, fault};
+
 /// What kind of classifier a row of the table is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -285,6 +287,18 @@ pub const MIN_UNITS: usize = 4;
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Architecture> {
     ARCHITECTURES.iter().find(|row| row.name == name)
+}
+
+/// As [`find`], for a name of the command line.
+///
+/// # Errors
+/// No such row.
+pub fn named(name: &str) -> anyhow::Result<&'static Architecture> {
+    find(name).ok_or_else(|| {
+        let names: Vec<&str> = ARCHITECTURES.iter().map(|row| row.name).collect();
+        let message = format!("no model `{name}`; there are {}", names.join(", "));
+        fault(Exit::Usage, message)
+    })
 }
 
 /// The greatest width factor.

@@ -96,6 +96,10 @@ struct Compared {
     name: String,
     /// Digest of the ImageNet weights that it began with.
     imagenet: Option<String>,
+    /// Images trained on, and whole epochs.
+    trained: Option<(usize, u32)>,
+    /// What its evaluation warns of.
+    warnings: Vec<String>,
     /// Figures by name; empty where training failed.
     figures: BTreeMap<String, Interval>,
     /// Why there are none.
@@ -145,10 +149,7 @@ fn systems(names: &[String]) -> Result<Vec<&'static Architecture>> {
     if names.is_empty() {
         return Ok(ARCHITECTURES.iter().collect());
     }
-    let find = |name: &String| {
-        architecture::find(name).ok_or_else(|| fault(Exit::Usage, format!("no model {name:?}")))
-    };
-    names.iter().map(find).collect()
+    names.iter().map(|name| architecture::named(name)).collect()
 }
 
 /// Where ImageNet's weights of a transfer learner lie.
@@ -234,23 +235,25 @@ fn is_finished(
         };
     }
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let (figures, reason) = if system.family == Family::Majority {
-        (majority(args, cache), None)
-    } else {
-        match train_one(args, cache, system, &folder, stop) {
-            Ok(None) => return Ok(false),
-            Ok(Some(figures)) => (figures, None),
-            // A row without figures, which the same command would find again; any other fault ends the comparison.
-            Err(error) if error.is::<Diverged>() => (BTreeMap::new(), Some(format!("{error:#}"))),
-            Err(error) => return Err(error.context(system.name)),
-        }
-    };
-    let row = Compared {
+    let mut row = Compared {
         name: system.name.to_owned(),
         imagenet,
-        figures,
-        reason,
+        trained: None,
+        warnings: Vec::new(),
+        figures: BTreeMap::new(),
+        reason: None,
     };
+    if system.family == Family::Majority {
+        row.figures = majority(args, cache);
+    } else {
+        match train_one(args, cache, system, &folder, stop, &mut row) {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            // A row without figures, which the same command would find again; any other fault ends the comparison.
+            Err(error) if error.is::<Diverged>() => row.reason = Some(format!("{error:#}")),
+            Err(error) => return Err(error.context(system.name)),
+        }
+    }
     write_atomically(
         &folder.join(RESULT_FILE),
         serde_json::to_string_pretty(&row)?.as_bytes(),
@@ -287,29 +290,33 @@ fn train_one(
     system: &'static Architecture,
     folder: &Path,
     stop: &AtomicBool,
-) -> Result<Option<BTreeMap<String, Interval>>> {
+    row: &mut Compared,
+) -> Result<bool> {
     let summary = train::train_until(&options(args, system), cache, folder, stop)?;
     if summary.is_stopped {
-        return Ok(None);
+        return Ok(false);
     }
+    row.trained = Some((summary.n_train.0 + summary.n_train.1, summary.epochs));
     let mut predictor = Predictor::open(&summary.weights)?;
     let split = Split {
         by: args.split,
         seed: args.seed,
     };
     let evaluation = evaluate::evaluate(&mut predictor, cache, Part::Test, split, args.seed)?;
-    evaluate::write_all(&evaluation, cache, None, folder, folder)?;
-    evaluate::write_manifest(&summary.weights, &evaluation, cache, folder)?;
-    let mut figures: BTreeMap<String, Interval> = evaluation
+    let manifest = evaluate::manifest_of(&summary.weights, &evaluation, cache)?;
+    evaluate::write_all(&evaluation, cache, &manifest, folder, folder)?;
+    evaluate::write_manifest(&manifest, folder)?;
+    row.figures = evaluation
         .slice_balanced_half
         .values
         .iter()
         .map(|(name, figure)| ((*name).to_owned(), *figure))
         .collect();
     if let Some(study) = evaluation.study.values.get("auroc") {
-        figures.insert("study_auroc".to_owned(), *study);
+        row.figures.insert("study_auroc".to_owned(), *study);
     }
-    Ok(Some(figures))
+    row.warnings = evaluation.warnings;
+    Ok(true)
 }
 
 /// "No PE" to every slice of the test part, at natural prevalence as the publication counts it.
@@ -371,8 +378,8 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
         _ = writeln!(text, "> {warning}\n");
     }
     text.push_str(
-        "| # | system | published accuracy | published recall, as printed | published recall of the other class | published precision, as printed | published F1 | ours: accuracy | ours: sensitivity | ours: specificity | ours: precision | ours: F1 | ours: AUROC | ours: AUROC of studies |\n\
-         |---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
+        "| # | system | published accuracy | published recall, as printed | published recall of the other class | published precision, as printed | published F1 | ours: images x epochs | ours: accuracy | ours: sensitivity | ours: specificity | ours: precision | ours: F1 | ours: AUROC | ours: AUROC of studies |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (system, row) in rows {
         let published = system.published.map_or_else(
@@ -400,6 +407,10 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
         for value in published {
             _ = write!(text, " {value} |");
         }
+        let trained = row
+            .trained
+            .map(|(images, epochs)| format!("{images} x {epochs}"));
+        _ = write!(text, " {} |", trained.as_deref().unwrap_or("-"));
         for name in [
             "accuracy",
             "sensitivity",
@@ -421,6 +432,15 @@ fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Comp
         if let Some(reason) = &row.reason {
             _ = writeln!(text, "\n{}: not trained: {reason}", system.name);
         }
+    }
+    let mut warned: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (_, row) in rows {
+        for warning in &row.warnings {
+            warned.entry(warning).or_default().push(&row.name);
+        }
+    }
+    for (warning, names) in warned {
+        _ = writeln!(text, "\nWarning, {}: {warning}.", names.join(", "));
     }
     if rows
         .iter()

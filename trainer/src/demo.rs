@@ -99,7 +99,8 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     ));
     let mut model = Predictor::open(path)?;
     let evaluation = evaluate::evaluate(&mut model, &cache, Part::Test, split, args.seed)?;
-    evaluate::write_all(&evaluation, &cache, model.manifest(), out, out)?;
+    let manifest = model.manifest().context("the model file has a manifest")?;
+    evaluate::write_all(&evaluation, &cache, manifest, out, out)?;
     tell(&format!("6/6 classify with the {kind} file"));
     let study = held_out_study(args)?;
     let mut text = String::from("\nheld-out synthetic study (with embolus):\n");

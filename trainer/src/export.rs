@@ -890,6 +890,7 @@ mod tests {
         let mut network = Network::new(architecture, 0.01, seed, &Device::Cpu).unwrap();
         network.provenance = BTreeMap::from([
             ("split".to_owned(), "image".to_owned()),
+            ("split_seed".to_owned(), "3".to_owned()),
             (quantization_aware::DIGEST.to_owned(), "00".to_owned()),
         ]);
         network.save(&run.join("model.safetensors")).unwrap();

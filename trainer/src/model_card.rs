@@ -10,7 +10,7 @@ use crate::metrics::NAMES;
 
 /// The card as Markdown.
 #[must_use]
-pub fn text(evaluation: &Evaluation, manifest: Option<&Manifest>) -> String {
+pub fn text(evaluation: &Evaluation, manifest: &Manifest) -> String {
     let mut text = format!(
         "# Model card: {}\n\n**{RESEARCH_USE}**\n\n",
         evaluation.model
@@ -33,12 +33,10 @@ pub fn text(evaluation: &Evaluation, manifest: Option<&Manifest>) -> String {
         "exclude pulmonary embolism, says nothing about other findings, and decides nothing about a patient.\n",
     );
     line("## Model\n");
-    if let Some(manifest) = manifest {
-        line(&format!(
-            "Architecture `{}` at width {}, {:?}. Input: u8 `[N, 3, 256, 256]` (lung, PE and mediastinal window); output: one logit a slice, positive = embolus present.",
-            manifest.architecture, manifest.width, manifest.precision
-        ));
-    }
+    line(&format!(
+        "Architecture `{}` at width {}, {:?}. Input: u8 `[N, 3, 256, 256]` (lung, PE and mediastinal window); output: one logit a slice, positive = embolus present.",
+        manifest.architecture, manifest.width, manifest.precision
+    ));
     line(&format!(
         "File `{}`, BLAKE3 `{}`.\n",
         evaluation.model, evaluation.model_digest
@@ -76,6 +74,37 @@ pub fn text(evaluation: &Evaluation, manifest: Option<&Manifest>) -> String {
             cell(&evaluation.slice),
             cell(&evaluation.slice_balanced),
             cell(&evaluation.study)
+        ));
+    }
+    line("\n## Operating points\n");
+    for point in &evaluation.operating_points {
+        line(&format!(
+            "- `{}`: positive from logit {:.3}; on the validation part sensitivity {:.3}, specificity {:.3}",
+            point.name, point.logit_threshold, point.sensitivity, point.specificity
+        ));
+    }
+    let rule = evaluation.study_rule;
+    line(&format!(
+        "- a study is positive where the mean of its {} highest logits, smoothed over {} slices, is at least {:.3}",
+        rule.top_slices, rule.smoothing_slices, rule.logit_threshold
+    ));
+    line(&format!(
+        "\nAt the first one {:.2} slices of a study without embolus are called positive on average. Temperature {:.3}.",
+        evaluation.false_positive_slices_per_negative_study, evaluation.temperature
+    ));
+    line("\n## Subgroups, slices\n");
+    line("| | positive | AUROC | sensitivity | specificity |");
+    line("|---|---|---|---|---|");
+    for group in &evaluation.subgroups {
+        let cell = |name| group.slice.values.get(name).map_or_else(String::new, show);
+        line(&format!(
+            "| {} | {} of {} | {} | {} | {} |",
+            group.name,
+            group.slice.n_positive,
+            group.slice.n,
+            cell("auroc"),
+            cell("sensitivity"),
+            cell("specificity")
         ));
     }
     line("\n## Controls\n");

@@ -87,9 +87,11 @@ pub fn tell(known: &BTreeMap<String, String>, manifest: &mut Manifest) -> Result
         manifest.training_data =
             serde_json::from_str(data).context("the training data of the weights")?;
     }
-    let split = [SPLIT, SPLIT_SEED].into_iter();
-    let split = split.filter_map(|key| Some((key.to_owned(), known.get(key)?.clone())));
-    manifest.tools.extend(split);
+    // By study is what a file that says nothing means.
+    let split = split(known, None, 0)?;
+    if split.by == SplitBy::Image {
+        manifest.tools.extend(of_split(split));
+    }
     Ok(())
 }
 

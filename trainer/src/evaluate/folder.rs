@@ -14,19 +14,22 @@ use super::measure::tempered_logit;
 use crate::cache::{Cache, write_atomically};
 use crate::{export, model_card, plots, provenance, report};
 
-/// Writes `manifest.json` of a weights file into `out`: `trainer export --run` takes figures and operating points from there.
+/// The manifest of a weights file that was evaluated.
 ///
 /// # Errors
-/// The weights cannot be read, the folder not be written.
-pub fn write_manifest(
-    weights: &Path,
-    evaluation: &Evaluation,
-    cache: &Cache,
-    out: &Path,
-) -> Result<()> {
+/// The weights cannot be read.
+pub fn manifest_of(weights: &Path, evaluation: &Evaluation, cache: &Cache) -> Result<Manifest> {
     let (architecture, width, _) = export::read_weights(weights)?;
     let mut manifest = export::new_manifest(architecture, width);
     complete(&mut manifest, evaluation, cache);
+    Ok(manifest)
+}
+
+/// Writes `manifest.json` into `out`: `trainer export --run` takes figures and operating points from there.
+///
+/// # Errors
+/// The folder cannot be written.
+pub fn write_manifest(manifest: &Manifest, out: &Path) -> Result<()> {
     write_atomically(&out.join("manifest.json"), manifest.to_json().as_bytes())
 }
 
@@ -37,7 +40,7 @@ pub fn write_manifest(
 pub fn write_all(
     evaluation: &Evaluation,
     cache: &Cache,
-    manifest: Option<&Manifest>,
+    manifest: &Manifest,
     run: &Path,
     out: &Path,
 ) -> Result<()> {

@@ -26,7 +26,7 @@ use self::choose::choose;
 pub use self::evaluation::{ControlFigure, Counts, Curves, Evaluation, Figures, Miss, Subgroup};
 pub use self::exams::RsnaLoss;
 use self::exams::rsna_loss;
-pub use self::folder::{complete, write_all, write_manifest};
+pub use self::folder::{complete, manifest_of, write_all, write_manifest};
 use self::measure::{false_positives, measure};
 use crate::bootstrap::Interval;
 use crate::cache::Cache;
@@ -90,10 +90,19 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
     // The training curves lie beside the model, wherever the report goes.
     let run = args.model.parent().unwrap_or(Path::new("."));
     let out = args.out.as_deref().unwrap_or(run);
-    write_all(&evaluation, &cache, predictor.manifest(), run, out)?;
-    let is_of_other_data = provenance::is_of_other_data(predictor.provenance(), &cache);
-    if predictor.manifest().is_none() && !is_of_other_data {
-        write_manifest(&args.model, &evaluation, &cache, out)?;
+    let manifest = match predictor.manifest() {
+        Some(manifest) => manifest.clone(),
+        None => manifest_of(&args.model, &evaluation, &cache)?,
+    };
+    write_all(&evaluation, &cache, &manifest, run, out)?;
+    let is_weights = predictor.manifest().is_none();
+    if is_weights && provenance::is_of_other_data(predictor.provenance(), &cache) {
+        writeln!(
+            std::io::stderr(),
+            "manifest.json is left as it is: the model was trained on other data"
+        )?;
+    } else if is_weights {
+        write_manifest(&manifest, out)?;
     }
     let mut stdout = std::io::stdout().lock();
     if args.json {
@@ -101,10 +110,6 @@ pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
     } else {
         write!(stdout, "{}", table(&evaluation))?;
         writeln!(stdout, "report: {}", out.join("report.html").display())?;
-        if is_of_other_data {
-            let what = "manifest.json is left as it is: the model was trained on other data";
-            writeln!(stdout, "{what}")?;
-        }
     }
     Ok(ExitCode::SUCCESS)
 }

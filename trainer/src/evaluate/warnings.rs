@@ -18,6 +18,16 @@ pub(super) fn of(
     chosen: &Chosen,
 ) -> Vec<String> {
     let mut warnings = Vec::new();
+    if measured
+        .logits
+        .windows(2)
+        .all(|pair| pair[0].to_bits() == pair[1].to_bits())
+    {
+        warnings.push(
+            "every slice has the same logit: the network answers whatever it sees; its units may have died (a smaller learning rate, a greater width)"
+                .to_owned(),
+        );
+    }
     warnings.extend(temperature(chosen.temperature));
     let n_positive = n_studies(cache, validation, true);
     if n_positive < FEW_STUDIES {
@@ -42,12 +52,7 @@ fn temperature(found: f64) -> Option<String> {
     let is_at_bound = found < low * NEAR || found > high / NEAR;
     is_at_bound.then(|| {
         format!(
-            "the temperature {found:.2} is the bound of its search ({low} to {high}): on the validation part the log loss has no minimum between, so that the logits {}",
-            if found > 1.0 {
-                "say little or the contrary, and probabilities after it are near 0.5"
-            } else {
-                "part the classes without an error, and probabilities after it are near 0 and 1"
-            }
+            "the temperature {found:.2} is the bound of its search ({low} to {high}): none between makes probabilities of these logits, and those shown are not calibrated"
         )
     })
 }
@@ -84,8 +89,8 @@ mod tests {
         ];
         assert_eq!(of(&overlapping), None);
         let contrary = [sample(-2.0, true), sample(1.0, false)];
-        assert!(of(&contrary).unwrap().contains("near 0.5"));
+        assert!(of(&contrary).unwrap().contains("temperature 20.00"));
         let separable = [sample(2.0, true), sample(-1.0, false)];
-        assert!(of(&separable).unwrap().contains("near 0 and 1"));
+        assert!(of(&separable).unwrap().contains("temperature 0.05"));
     }
 }

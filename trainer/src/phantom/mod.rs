@@ -48,6 +48,11 @@ pub enum Findings {
 
 /// Arguments of `trainer phantom`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  trainer phantom --out rsna --studies 20 --seed 1\n  \
+    trainer phantom --out jpeg --studies 20 --layout jpeg\n  \
+    trainer phantom --out rle --studies 2 --slices 16 --transfer-syntax 1.2.840.10008.1.2.5"
+)]
 pub struct PhantomArgs {
     /// Folder to write; made where absent
     #[arg(long, value_name = "DIR")]

@@ -10,6 +10,13 @@ use crate::split::SplitBy;
 
 /// The arguments of `trainer train`.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  trainer train --data cache --width 0.125 --out runs/mine\n  \
+    trainer train --data cache --width 0.125 --out runs/mine --resume\n  \
+    trainer train --data cache --sampling all --class-weights --patience 3 --schedule cosine --shift 4 --out runs/all\n  \
+    trainer train --data cache --model resnet50 --init resnet50.safetensors --out runs/resnet\n\n\
+    Ctrl-C once saves and stops; --resume goes on. Without --resume a folder that holds a run is left as it is."
+)]
 pub struct TrainArgs {
     /// Cache folder of `trainer prepare`
     #[arg(long, value_name = "CACHE")]

@@ -159,6 +159,8 @@ pub struct RunSummary {
     pub n_val: (usize, usize),
     /// Whole epochs done.
     pub epochs: u32,
+    /// The epoch whose weights these are, where early stopping chooses.
+    pub best_epoch: Option<u32>,
     /// Steps done.
     pub steps: u64,
     /// Mean loss of the last epoch; absent where no step was ever done.
@@ -225,6 +227,12 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
             stdout,
             "{model} at width {width}: {epochs} epochs, {steps} steps, {loss}, {speed}"
         )?;
+        if let Some(best) = summary.best_epoch {
+            writeln!(
+                stdout,
+                "early stopping: the weights are those of epoch {best}"
+            )?;
+        }
         if let (Some(loss), Some(accuracy)) = (summary.val_loss, summary.val_accuracy) {
             writeln!(stdout, "validation: loss {loss:.4}, accuracy {accuracy:.4}")?;
         }
@@ -319,6 +327,7 @@ pub fn train_in(
         watch: Watch::default(),
         validation: None,
         last_loss: None,
+        last_rate: plan.learning_rate,
     };
     run.start(place)?;
     let is_stopped = run.epochs(stop)?;

@@ -25,17 +25,7 @@ const STEP_SHARE: f64 = 0.1;
 /// No such system, one without weights to train, an option out of range.
 pub fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
     let usage = |message: String| fault(Exit::Usage, message);
-    let architecture = architecture::find(&options.model).ok_or_else(|| {
-        let names: Vec<&str> = architecture::ARCHITECTURES
-            .iter()
-            .map(|row| row.name)
-            .collect();
-        usage(format!(
-            "no model `{}`; there are {}",
-            options.model,
-            names.join(", ")
-        ))
-    })?;
+    let architecture = architecture::named(&options.model)?;
     if architecture.family == Family::Majority {
         return Err(usage("`baseline` has no weights to train".into()));
     }

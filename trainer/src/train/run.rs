@@ -56,6 +56,8 @@ pub(super) struct Run<'a> {
     pub(super) validation: Option<(f64, f64)>,
     /// Mean loss of the last whole epoch, of an earlier process too.
     pub(super) last_loss: Option<f64>,
+    /// Learning rate of the last step.
+    pub(super) last_rate: f64,
     /// Of a frozen backbone.
     pub(super) features: Option<Features>,
 }
@@ -250,8 +252,6 @@ impl Run<'_> {
 
     /// Validation, the epoch's row, the checkpoint.
     fn end_epoch(&mut self, elapsed: Duration) -> Result<()> {
-        let n_steps = usize::try_from(self.position.step_in_epoch).context("steps of an epoch")?;
-        let rate = self.rate(n_steps);
         self.last_loss = Some(self.mean_loss());
         self.validation = self.validate()?;
         self.position = Position {
@@ -279,9 +279,10 @@ impl Run<'_> {
         };
         writeln!(
             epochs,
-            "{},{},{val_loss},{val_accuracy},{rate},{:.2},{:.1}",
+            "{},{},{val_loss},{val_accuracy},{},{:.2},{:.1}",
             self.position.epoch,
             self.last_loss.unwrap_or(f64::NAN),
+            self.last_rate,
             self.watch.images_per_second(),
             elapsed.as_secs_f64()
         )
@@ -358,6 +359,11 @@ impl Run<'_> {
             n_train: self.plan.sample.counts(),
             n_val: self.plan.validation.counts(),
             epochs: self.position.epoch,
+            best_epoch: self
+                .options
+                .patience
+                .filter(|_| !is_stopped && self.position.best_loss.is_finite())
+                .map(|_| self.position.best_epoch),
             steps: self.position.step,
             loss: if self.position.n_images > 0 {
                 Some(self.mean_loss())

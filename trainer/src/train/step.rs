@@ -26,6 +26,7 @@ impl Run<'_> {
         let (loss, gradients) = self.gradients(batch, step.own)?;
         let (loss, gradients) = self.reduced(loss, gradients, step, wants_stop)?;
         let rate = self.rate(step.n_steps);
+        self.last_rate = rate;
         let trained = self.network.parameters().iter().zip(&mut self.moments);
         let trained = trained.filter(|(parameter, _)| parameter.is_trained);
         for ((parameter, moments), gradient) in trained.zip(&gradients) {

@@ -251,3 +251,49 @@ fn sgd_loss_falls_on_separable_images() {
     let losses: Vec<f64> = epochs.lines().skip(1).map(loss).collect();
     assert!(losses[5] < losses[0], "{losses:?}");
 }
+
+#[test]
+fn early_stopping_takes_the_best_epoch_and_says_which() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 20);
+    // So large a rate that the validation loss soon grows.
+    let eager = TrainOptions {
+        epochs: Some(8),
+        patience: Some(1),
+        learning_rate: Some(0.03),
+        ..options()
+    };
+    let out = folder.path().join("run");
+    let summary = train(&eager, &cache, &out).unwrap();
+    let best = summary.best_epoch.unwrap();
+    assert!(best < summary.epochs && summary.epochs < 8, "{summary:?}");
+    let epochs = fs::read_to_string(out.join("epochs.csv")).unwrap();
+    let losses: Vec<f64> = epochs
+        .lines()
+        .skip(1)
+        .map(|line| line.split(',').nth(2).unwrap().parse().unwrap())
+        .collect();
+    let least = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(losses[best as usize - 1].to_bits(), least.to_bits());
+    assert!((summary.val_loss.unwrap() - least).abs() < 1e-12);
+    assert_eq!(weights(&out), fs::read(out.join(BEST_FILE)).unwrap());
+}
+
+#[test]
+fn epochs_table_holds_the_learning_rate_of_each_epoch() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 10);
+    let stepped = TrainOptions {
+        epochs: Some(3),
+        schedule: Schedule::Step,
+        ..options()
+    };
+    let out = folder.path().join("run");
+    train(&stepped, &cache, &out).unwrap();
+    let epochs = fs::read_to_string(out.join("epochs.csv")).unwrap();
+    let rates = epochs.lines().skip(1);
+    let rates = rates.map(|line| line.split(',').nth(4).unwrap().parse::<f64>().unwrap());
+    for (rate, expected) in rates.zip([1e-3, 1e-4, 1e-5]) {
+        assert!((rate / expected - 1.0).abs() < 1e-9, "{rate}");
+    }
+}
