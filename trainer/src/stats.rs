@@ -183,7 +183,7 @@ fn repeats(cache: &Cache) -> (u64, u64) {
 fn distances(rows: &[Row]) -> Vec<f64> {
     rows.windows(2)
         .filter(|pair| pair[0].series_uid == pair[1].series_uid)
-        .filter_map(|pair| Some(pair[1].z_mm? - pair[0].z_mm?))
+        .filter_map(|pair| Some((pair[1].z_mm? - pair[0].z_mm?).abs()))
         .collect()
 }
 
@@ -315,6 +315,22 @@ mod tests {
     fn ranks_of_the_jpeg_copy_are_no_millimetres() {
         assert!(stats_of(DataKind::Phantom).slice_distance_mm.is_some());
         assert_eq!(stats_of(DataKind::Jpeg).slice_distance_mm, None);
+    }
+
+    #[test]
+    fn slices_in_falling_order_are_as_far_apart_as_in_rising_order() {
+        let row = |z_mm| Row {
+            study_uid: shared::uid::Uid::new("1.2").unwrap(),
+            series_uid: shared::uid::Uid::new("1.2.3").unwrap(),
+            sop_uid: shared::uid::Uid::new("1.2.3.4").unwrap(),
+            part: Part::Train,
+            pe_present: false,
+            exam_labels: None,
+            z_mm: Some(z_mm),
+            manufacturer: None,
+            spacing_mm: None,
+        };
+        assert_eq!(distances(&[row(9.0), row(6.0), row(3.0)]), [3.0, 3.0]);
     }
 
     #[test]
