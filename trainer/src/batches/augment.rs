@@ -18,8 +18,53 @@ pub struct Augmentation {
     pub shift: u16,
 }
 
-/// Changes the images of a batch in place; the changes follow from (seed, epoch, step in the epoch). `first` is the place of the batch's first image
-/// among those of the whole step, of which other ranks hold the rest.
+/// How one image is changed: pixel (row, column) becomes that of (row + down, column + right) of the image, mirrored before where `is_flipped`; 0 outside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Mirrored left to right.
+    pub is_flipped: bool,
+    /// Rows.
+    pub down: i32,
+    /// Columns.
+    pub right: i32,
+}
+
+/// The changes of `n` images of a step; they follow from (seed, epoch, step in the epoch). `first` is the place of the first of them among those of the
+/// whole step, of which other ranks hold the rest. Empty where nothing is to be changed.
+#[must_use]
+pub fn changes(
+    options: Augmentation,
+    seed: u64,
+    epoch: u32,
+    step: usize,
+    first: usize,
+    n: usize,
+) -> Vec<Change> {
+    if options == Augmentation::default() {
+        return Vec::new();
+    }
+    let stream = STREAM_AUGMENT
+        .wrapping_add(u64::from(epoch) << 40)
+        .wrapping_add(step as u64);
+    let mut random = Random::new(seed, stream);
+    let shift = usize::from(options.shift);
+    let offset = |random: &mut Random| {
+        let drawn = random.below(2 * shift + 1);
+        i32::try_from(drawn).map_or(0, |drawn| drawn - i32::from(options.shift))
+    };
+    let change = || {
+        let is_flipped = options.flip && random.below(2) == 1;
+        let (down, right) = (offset(&mut random), offset(&mut random));
+        Change {
+            is_flipped,
+            down,
+            right,
+        }
+    };
+    std::iter::repeat_with(change).skip(first).take(n).collect()
+}
+
+/// Changes the images of a batch in place, as [`changes`] says.
 pub fn augment(
     options: Augmentation,
     seed: u64,
@@ -28,39 +73,20 @@ pub fn augment(
     first: usize,
     batch: &mut Batch,
 ) {
-    if options == Augmentation::default() {
-        return;
-    }
-    let stream = STREAM_AUGMENT
-        .wrapping_add(u64::from(epoch) << 40)
-        .wrapping_add(step as u64);
-    let mut random = Random::new(seed, stream);
-    let shift = usize::from(options.shift);
-    let mut change = || {
-        let is_flipped = options.flip && random.below(2) == 1;
-        (
-            is_flipped,
-            random.below(2 * shift + 1),
-            random.below(2 * shift + 1),
-        )
-    };
-    for _ in 0..first {
-        change();
-    }
-    for image in batch.images.chunks_exact_mut(TENSOR_BYTES) {
-        let (is_flipped, down, right) = change();
+    let changes = changes(options, seed, epoch, step, first, batch.n_images());
+    let images = batch.images.chunks_exact_mut(TENSOR_BYTES);
+    for (image, change) in images.zip(changes) {
         let before = image.to_vec();
         for plane in 0..CHANNELS {
             for row in 0..SIDE {
                 for column in 0..SIDE {
-                    let from_column = if is_flipped {
+                    let from_column = if change.is_flipped {
                         SIDE - 1 - column
                     } else {
                         column
                     };
-                    let from = (row + down)
-                        .checked_sub(shift)
-                        .zip((from_column + right).checked_sub(shift));
+                    let moved = |at: usize, by: i32| at.checked_add_signed(by as isize);
+                    let from = moved(row, change.down).zip(moved(from_column, change.right));
                     let value = match from {
                         Some((row, column)) if row < SIDE && column < SIDE => {
                             before[(plane * SIDE + row) * SIDE + column]

@@ -12,7 +12,7 @@ use std::sync::mpsc::sync_channel;
 use anyhow::{Context, Result, ensure};
 use shared::TENSOR_BYTES;
 
-pub use self::augment::{Augmentation, augment};
+pub use self::augment::{Augmentation, Change, augment, changes};
 pub use self::sample::{Sample, Sampling};
 use crate::cache::Cache;
 

@@ -1,5 +1,7 @@
 //! What the operators compute, written as plainly as possible in f64, and the proof by finite differences that the
-//! gradients written here are the gradients.
+//! gradients written here are the gradients. The CPU's operators and the GPU's are tested against it.
+//!
+//! `stored` is what becomes of a convolution's sum before bias, ReLU and pool see it: itself, except where a GPU writes it to memory in bf16.
 
 /// A feature map `[channel, row, column]`.
 #[derive(Debug, Clone)]
@@ -32,11 +34,12 @@ fn largest(
     out: usize,
     row: usize,
     column: usize,
+    stored: impl Fn(f64) -> f64,
 ) -> (f64, usize, usize) {
     let mut best = (f64::NEG_INFINITY, 0, 0);
     for (y, x) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
         let (y, x) = (2 * row + y, 2 * column + x);
-        let mut sum = bias[out];
+        let mut sum = 0.0;
         for c in 0..input.channels {
             for i in 0..3 {
                 for j in 0..3 {
@@ -45,20 +48,27 @@ fn largest(
                 }
             }
         }
+        let sum = stored(sum);
         if sum > best.0 {
             best = (sum, y, x);
         }
     }
-    best
+    (best.0 + bias[out], best.1, best.2)
 }
 
-pub(crate) fn convolution_relu_pool(input: &Map, weight: &[f64], bias: &[f64]) -> Map {
+pub(crate) fn convolution_relu_pool(
+    input: &Map,
+    weight: &[f64],
+    bias: &[f64],
+    stored: impl Fn(f64) -> f64 + Copy,
+) -> Map {
     let (rows, columns) = ((input.rows - 2) / 2, (input.columns - 2) / 2);
     let mut values = Vec::new();
     for out in 0..bias.len() {
         for row in 0..rows {
             for column in 0..columns {
-                values.push(largest(input, weight, bias, out, row, column).0.max(0.0));
+                let (value, _, _) = largest(input, weight, bias, out, row, column, stored);
+                values.push(value.max(0.0));
             }
         }
     }
@@ -75,6 +85,7 @@ pub(crate) fn convolution_relu_pool_gradient(
     weight: &[f64],
     bias: &[f64],
     gradient: &Map,
+    stored: impl Fn(f64) -> f64 + Copy,
 ) -> Back {
     let mut back = Back {
         input: vec![0.0; input.values.len()],
@@ -84,7 +95,7 @@ pub(crate) fn convolution_relu_pool_gradient(
     for out in 0..bias.len() {
         for row in 0..gradient.rows {
             for column in 0..gradient.columns {
-                let (value, y, x) = largest(input, weight, bias, out, row, column);
+                let (value, y, x) = largest(input, weight, bias, out, row, column, stored);
                 if value <= 0.0 {
                     continue;
                 }
@@ -129,7 +140,7 @@ mod tests {
             values: draw(27),
         };
         let objective = |input: &Map, weight: &[f64], bias: &[f64]| -> f64 {
-            let pooled = convolution_relu_pool(input, weight, bias);
+            let pooled = convolution_relu_pool(input, weight, bias, |sum| sum);
             pooled
                 .values
                 .iter()
@@ -137,7 +148,7 @@ mod tests {
                 .map(|(a, b)| a * b)
                 .sum()
         };
-        let back = convolution_relu_pool_gradient(&input, &weight, &bias, &gradient);
+        let back = convolution_relu_pool_gradient(&input, &weight, &bias, &gradient, |sum| sum);
         let step = 1e-6;
         let check = |expected: f64, plus: f64, minus: f64| {
             assert!(

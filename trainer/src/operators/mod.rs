@@ -15,7 +15,7 @@
 
 pub mod convolution;
 #[cfg(test)]
-mod definition;
+pub(crate) mod definition;
 pub mod dense;
 pub mod loss;
 pub mod optimiser;

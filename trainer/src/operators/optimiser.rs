@@ -33,20 +33,26 @@ pub struct AdamStep<'a> {
     rate: f32,
 }
 
+/// `rate sqrt(1 - b2^t) / (1 - b1^t)` for step `t` from 1 on.
+#[must_use]
+pub fn adam_rate(step: u64, learning_rate: f64) -> f32 {
+    let t = i32::try_from(step).unwrap_or(i32::MAX);
+    let rate = learning_rate * (1.0 - ADAM_BETA2.powi(t)).sqrt() / (1.0 - ADAM_BETA1.powi(t));
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a rate is rounded to the weights' precision"
+    )]
+    let rate = rate as f32;
+    rate
+}
+
 impl<'a> AdamStep<'a> {
     /// Step number `step` (from 1) at a learning rate.
     #[must_use]
     pub fn new(moments: &'a mut Moments, step: u64, learning_rate: f64) -> Self {
-        let t = i32::try_from(step).unwrap_or(i32::MAX);
-        let rate = learning_rate * (1.0 - ADAM_BETA2.powi(t)).sqrt() / (1.0 - ADAM_BETA1.powi(t));
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "a rate is rounded to the weights' precision"
-        )]
-        let rate = rate as f32;
         Self {
             moments: Mutex::new(moments),
-            rate,
+            rate: adam_rate(step, learning_rate),
         }
     }
 

@@ -165,12 +165,17 @@ fn check(
         let mut expected_weight = vec![0.0; weight.len()];
         let mut expected_bias = vec![0.0; bias.len()];
         for (image, map) in maps.iter().enumerate() {
-            let expected = definition::convolution_relu_pool(map, &weight, &bias);
+            let expected = definition::convolution_relu_pool(map, &weight, &bias, |sum| sum);
             let part = &pooled[image * geometry.pooled_values()..][..geometry.pooled_values()];
             let part = from_blocks(part, channels_out, out_rows, out_columns);
             near("pooled", &part.values, &expected.values, kind.tolerance());
-            let back =
-                definition::convolution_relu_pool_gradient(map, &weight, &bias, &gradients[image]);
+            let back = definition::convolution_relu_pool_gradient(
+                map,
+                &weight,
+                &bias,
+                &gradients[image],
+                |sum| sum,
+            );
             for (sum, value) in expected_weight.iter_mut().zip(&back.weight) {
                 *sum += value;
             }
