@@ -1,5 +1,5 @@
 //! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, ranks, train, quantization_aware, checkpoint, provenance,
+//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, ranks, train, gpu (with the feature `cuda`), quantization_aware, checkpoint, provenance,
 //! metrics, bootstrap, export, quantize, verify, report.
 
 pub mod allocator;
@@ -20,6 +20,8 @@ pub mod execute;
 pub mod exit;
 pub mod export;
 pub mod features;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod index;
 pub mod initialise;
 pub mod interrupt;

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{DEFAULT_BATCH, Schedule, TrainOptions};
+use anyhow::Result;
+
+use super::{DEFAULT_BATCH, Precision, Processor, Schedule, TrainOptions, checked};
 use crate::architecture::parse_width;
 use crate::batches::{Augmentation, Sampling};
 use crate::quantize::WeightBits;
@@ -63,9 +65,12 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "a doc comment here would become help text")]
     pub augmentation: Augmentation,
-    /// Where to compute: `cpu`
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub device: String,
+    /// Where to compute: `cpu`, `cuda:N` [default: a GPU where there is one and this build can use it]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// How a GPU stores what it multiplies
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub precision: Precision,
     /// First weights, a safetensors file; for the transfer learners one of ImageNet weights in torchvision's naming
     #[arg(long, value_name = "FILE", conflicts_with = "random_init")]
     pub init: Option<PathBuf>,
@@ -93,8 +98,8 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
-    pub(super) fn options(&self) -> TrainOptions {
-        TrainOptions {
+    pub(super) fn options(&self) -> Result<TrainOptions> {
+        let mut options = TrainOptions {
             model: self.model.clone(),
             width: self.width,
             epochs: self.epochs,
@@ -114,6 +119,11 @@ impl TrainArgs {
             qat_epochs: if self.qat { self.qat_epochs } else { 0 },
             qat_weight_bits: self.qat_weight_bits,
             resume: self.resume,
-        }
+            processor: Processor::Cpu,
+        };
+        let (device, architecture) = (self.device.as_deref(), checked(&options)?);
+        options.processor =
+            Processor::choose(device, self.precision, architecture, options.qat_epochs > 0)?;
+        Ok(options)
     }
 }

@@ -7,7 +7,12 @@
 //! however often the run was killed and resumed. Evaluation is left to `evaluate`.
 
 mod arguments;
+#[cfg(not(feature = "cuda"))]
+mod no_gpu;
+#[cfg(feature = "cuda")]
+mod on_gpu;
 mod plan;
+mod processor;
 mod progress;
 mod run;
 mod step;
@@ -26,6 +31,7 @@ use shared::{CHANNELS, SIDE};
 pub use self::arguments::TrainArgs;
 pub use self::plan::checked;
 use self::plan::{Plan, fingerprint};
+pub use self::processor::{GpuFigures, Precision, Processor};
 use self::run::{Run, Watch};
 use crate::batches::{Augmentation, Batch, Sampling, for_each_batch, read_batch};
 use crate::cache::Cache;
@@ -106,6 +112,9 @@ pub struct TrainOptions {
     /// Whether to continue the run in the folder, where there is one.
     #[serde(skip)]
     pub resume: bool,
+    /// Where to compute; a run may go on elsewhere.
+    #[serde(skip)]
+    pub processor: Processor,
 }
 
 impl Default for TrainOptions {
@@ -130,6 +139,7 @@ impl Default for TrainOptions {
             qat_epochs: 0,
             qat_weight_bits: WeightBits::default(),
             resume: false,
+            processor: Processor::Cpu,
         }
     }
 }
@@ -173,8 +183,14 @@ pub struct RunSummary {
     pub val_accuracy: Option<f64>,
     /// Training speed of this process, validation not counted.
     pub images_per_second: f64,
+    /// Time of this process in training steps in s.
+    pub training_seconds: f64,
+    /// Time before the first step in which the GPU's ways to compute were chosen in s.
+    pub tuning_seconds: f64,
     /// Time of this process in s.
     pub seconds: f64,
+    /// Of the GPU, where one computed.
+    pub gpu: Option<GpuFigures>,
     /// Whether the run was stopped before its end; `--resume` continues it.
     pub is_stopped: bool,
     /// The weights; where stopped, the checkpoint.
@@ -186,20 +202,12 @@ pub struct RunSummary {
 /// # Errors
 /// As [`train`]; a device that this build cannot use.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
-    if args.device != "cpu" {
-        return Err(fault(
-            Exit::PeerDown,
-            format!(
-                "device `{}`: this build computes on `cpu` only",
-                args.device
-            ),
-        ));
-    }
+    let options = args.options()?;
     let cache = Cache::open(&args.data)?;
     cache.check_digests()?;
     let stop = interrupt::watch().context("waiting for Ctrl-C")?;
     let place = Place::from_environment(|name| std::env::var(name).ok())?;
-    let summary = train_in(place.as_ref(), &args.options(), &cache, &args.out, stop)?;
+    let summary = train_in(place.as_ref(), &options, &cache, &args.out, stop)?;
     if place.is_some_and(|place| place.rank > 0) {
         return Ok(Exit::Ok.into());
     }
@@ -317,6 +325,7 @@ pub fn train_in(
         out,
         moments: vec![Moments::default(); network.parameters().len()],
         network,
+        gpu: None,
         ranks: Ranks::Alone,
         is_stop_agreed: false,
         position: Position {
@@ -330,6 +339,9 @@ pub fn train_in(
         last_rate: plan.learning_rate,
     };
     run.start(place)?;
+    if let Processor::Gpu { ordinal, precision } = options.processor {
+        run.open_gpu(ordinal, precision)?;
+    }
     let is_stopped = run.epochs(stop)?;
     run.finish(is_stopped)
 }

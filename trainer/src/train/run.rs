@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
+#[cfg(not(feature = "cuda"))]
+use super::no_gpu::Gpu;
 use super::plan::Plan;
 use super::progress::Progress;
 use super::step::Step;
@@ -17,6 +19,8 @@ use crate::batches::{augment, for_each_batch};
 use crate::cache::Cache;
 use crate::checkpoint::{self, Fingerprint, Position, write_atomically};
 use crate::features::Features;
+#[cfg(feature = "cuda")]
+use crate::gpu::Gpu;
 use crate::network::Network;
 use crate::operators::optimiser::Moments;
 use crate::quantization_aware;
@@ -25,15 +29,22 @@ use crate::ranks::{Place, Ranks};
 /// Time spent in training steps, and their images.
 #[derive(Default)]
 pub(super) struct Watch {
-    total: Duration,
-    training: Duration,
-    n_images: u64,
+    pub(super) total: Duration,
+    pub(super) training: Duration,
+    /// Choosing how the GPU computes, before the first step.
+    pub(super) tuning: Duration,
+    pub(super) n_images: u64,
 }
 
 impl Watch {
-    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     fn images_per_second(&self) -> f64 {
-        self.n_images as f64 / self.training.as_secs_f64().max(1e-9)
+        self.images_per_second_with(Duration::ZERO)
+    }
+
+    /// With a time that is not counted yet.
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+    pub(super) fn images_per_second_with(&self, running: Duration) -> f64 {
+        self.n_images as f64 / (self.training + running).as_secs_f64().max(1e-9)
     }
 }
 
@@ -44,6 +55,8 @@ pub(super) struct Run<'a> {
     pub(super) cache: &'a Cache,
     pub(super) out: &'a Path,
     pub(super) network: Network,
+    /// The GPU that computes, where one does.
+    pub(super) gpu: Option<Gpu>,
     /// The processes that share the batches.
     pub(super) ranks: Ranks,
     /// Whether a rank was asked to stop, as all of them know since the last step.
@@ -122,7 +135,11 @@ impl Run<'_> {
         while self.position.epoch < self.plan.n_epochs && !self.has_stalled() {
             let epoch_begin = Instant::now();
             self.quantize_where_due()?;
-            let is_whole = self.epoch(stop)?;
+            let is_whole = if self.gpu.is_some() {
+                self.epoch_on_gpu(stop)?
+            } else {
+                self.epoch(stop)?
+            };
             if !is_whole {
                 self.save()?;
                 self.watch.total += begin.elapsed();
@@ -235,16 +252,22 @@ impl Run<'_> {
         clippy::cast_precision_loss,
         reason = "counts of images are far below 2^53"
     )]
-    fn mean_loss(&self) -> f64 {
+    pub(super) fn mean_loss(&self) -> f64 {
         self.position.loss_sum / self.position.n_images as f64
     }
 
+    pub(super) fn rate(&self, steps_in_epoch: usize) -> f64 {
+        self.rate_ahead(steps_in_epoch, 0)
+    }
+
+    /// The learning rate of the step `ahead` steps behind the position.
     #[expect(
         clippy::cast_precision_loss,
         reason = "counts of steps are far below 2^53"
     )]
-    pub(super) fn rate(&self, steps_in_epoch: usize) -> f64 {
-        let in_epoch = self.position.step_in_epoch as f64 / steps_in_epoch.max(1) as f64;
+    pub(super) fn rate_ahead(&self, steps_in_epoch: usize, ahead: u64) -> f64 {
+        let step = self.position.step_in_epoch + ahead;
+        let in_epoch = step as f64 / steps_in_epoch.max(1) as f64;
         let done =
             (f64::from(self.position.epoch) + in_epoch) / f64::from(self.plan.n_epochs.max(1));
         self.plan.rate(self.options.schedule, done)
@@ -304,7 +327,10 @@ impl Run<'_> {
                 let features = features.of(&self.network, self.cache, own)?;
                 self.network.head(&features)?.flatten_all()?.to_vec1()?
             }
-            None => logits(&self.network, self.cache, own)?,
+            None => match self.logits_on_gpu(own)? {
+                Some(logits) => logits,
+                None => logits(&self.network, self.cache, own)?,
+            },
         };
         let mut all = vec![-0.0; rows.len()];
         all[share].copy_from_slice(&own);
@@ -313,7 +339,7 @@ impl Run<'_> {
     }
 
     /// A table of the run folder to append to; rank 0 alone has it.
-    fn table(&self, name: &str) -> Result<Option<fs::File>> {
+    pub(super) fn table(&self, name: &str) -> Result<Option<fs::File>> {
         let is_root = self.ranks.is_root();
         is_root.then(|| append(&self.out.join(name))).transpose()
     }
@@ -344,6 +370,7 @@ impl Run<'_> {
                     self.network.set_weights(&best)?;
                 }
                 self.spread_weights()?;
+                self.set_gpu()?;
             }
             if self.validation.is_none() || self.options.patience.is_some() {
                 self.validation = self.validate()?;
@@ -374,7 +401,10 @@ impl Run<'_> {
             val_loss: self.validation.map(|(loss, _)| loss),
             val_accuracy: self.validation.map(|(_, accuracy)| accuracy),
             images_per_second: self.watch.images_per_second(),
+            training_seconds: self.watch.training.as_secs_f64(),
+            tuning_seconds: self.watch.tuning.as_secs_f64(),
             seconds: self.watch.total.as_secs_f64(),
+            gpu: self.gpu.as_ref().map(Gpu::figures).transpose()?,
             is_stopped,
             weights,
         })
