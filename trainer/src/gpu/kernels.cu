@@ -1,8 +1,7 @@
 // The kernels of training on a GPU; what they compute is defined in f64 in ../operators/definition.rs.
 //
 // Feature maps are [image, row, column, channel], channels a multiple of 8 (those that only fill up have weights and gradients 0). `argmax`
-// is one byte a window: the first maximum in row-major order, 0 to 3, or 4 where ReLU closed it. Sums are in f32 and in a fixed order, so
-// that a run on one kind of GPU gives the same bits each time. Each kernel exists for bf16 and f32 storage.
+// is one byte a window: the first maximum in row-major order, 0 to 3, or 4 where ReLU closed it. Sums are in f32 and in a fixed order. Each kernel exists for bf16 and f32 storage.
 //
 // The file compiles for the GPU (nvcc) and, with the emulator in front of it (-DCUDA_EMULATOR), for the CPU, where the tests run it.
 

@@ -13,7 +13,8 @@ pub(crate) const LIBRARIES: [(&str, &str); 4] = [
 
 /// Whether this machine has a GPU.
 pub(crate) fn has_gpu() -> bool {
-    Path::new("/dev/nvidia0").exists()
+    let listed = Command::new("nvidia-smi").arg("-L").output();
+    listed.is_ok_and(|listed| listed.status.success())
 }
 
 /// Compiles them into `folder`. `EMULATOR_FLAGS` may ask for sanitizers; the program itself then runs with theirs loaded before it.
