@@ -166,6 +166,10 @@ def load_images(path, n):
     return [np.array(tensors[row]) for row in np.linspace(0, len(tensors) - 1, n).astype(int)]
 
 
+def read_logits(path):
+    return np.loadtxt(path, np.float32, ndmin=1)
+
+
 def hold(what, a, b, tolerance):
     """Fails where logits differ by more than the tolerance, relative."""
     difference = relative(a, b)
@@ -180,7 +184,7 @@ def check_float(path, images, candle):
     openvino = openvino_logits(path, images)
     hold("f32: onnxruntime and OpenVINO", openvino, f32, FLOAT_TOLERANCE)
     if candle:
-        candle = np.loadtxt(candle, ndmin=1)
+        candle = read_logits(candle)
         hold("f32: onnxruntime and candle", f32, candle, FLOAT_TOLERANCE)
         hold("f32: OpenVINO and candle", openvino, candle, FLOAT_TOLERANCE)
     return f32
@@ -203,7 +207,7 @@ def check_int8(path, images, f32, engine):
     on_seeds, _ = onnxruntime_logits(path, [self_test_image(t["seed"]) for t in seeds])
     hold("int8: onnxruntime and the manifest's self-test", on_seeds, ours, INT8_TOLERANCE)
     if engine:
-        hold("int8: onnxruntime and the engine", theirs, np.loadtxt(engine, ndmin=1), INT8_TOLERANCE)
+        hold("int8: onnxruntime and the engine", theirs, read_logits(engine), INT8_TOLERANCE)
     openvino = check_openvino(path, images, f32)
     for point in manifest["operating_points"][:1]:
         threshold = point["logit_threshold"]
