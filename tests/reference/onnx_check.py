@@ -1,12 +1,14 @@
 """Holds exported model files against other runtimes.
 
   python onnx_check.py --float model.onnx [--int8 model-int8.onnx] [--images CACHE] [--n 8]
+  python onnx_check.py --float RUN/model.onnx --int8 RUN/model-int8.onnx --images RUN/cache --predictions RUN/predictions.csv --n 200
   PE_EDGE_PARITY_OUT=DIR cargo test -p tests --test parity; python onnx_check.py --parity DIR
 
 Checks, for each file given: onnx.checker with full check; opset 13, IR 7, names and types of inputs and outputs, a manifest. f32: onnxruntime and
 OpenVINO agree within 1e-4 x max(1, |logit|), with --candle (one logit a line, candle's) too. int8:
 onnxruntime's optimised graph holds QLinearConv, MaxPool or NhwcMaxPool and QGemm and no float operator but the sigmoid; its logits equal
-those of the self-test in the manifest (our engine's, scalar kernel), and with --engine those of the images, within 1e-6 relative; OpenVINO's are within
+those of the self-test in the manifest (our engine's, scalar kernel), and with --engine or --predictions (of
+`trainer evaluate --model INT8`) those of the images, within 1e-6 relative; OpenVINO's are within
 the bound below. Where the manifest has an operating point, all decide alike on every image. --parity does all of it for every network of the table, on
 the phantom slices that the test wrote and, where it had PE_EDGE_REAL_DATA, on a real series of 40 slices.
 
@@ -26,6 +28,7 @@ Research use only, not a medical device.
 """
 
 import argparse
+import csv
 import json
 import os
 import sys
@@ -156,14 +159,27 @@ def relative(a, b):
     return float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b))))
 
 
-def load_images(path, n):
-    """The self-test's images, n rows of a cache folder, or all of a file of u8 [n, 3, 256, 256]."""
+def load_images(path, n, rows=None):
+    """The self-test's images, n of the rows of a cache folder, or all of a file of u8 [n, 3, 256, 256]."""
     if path is None:
         return [self_test_image(seed) for seed in range(1, n + 1)]
     if os.path.isfile(path):
         return list(np.fromfile(path, np.uint8).reshape(-1, 3, SIDE, SIDE))
     tensors = np.memmap(os.path.join(path, "tensors.u8"), np.uint8, "r").reshape(-1, 3, SIDE, SIDE)
-    return [np.array(tensors[row]) for row in np.linspace(0, len(tensors) - 1, n).astype(int)]
+    rows = spread(range(len(tensors)) if rows is None else rows, n)
+    return [np.array(tensors[row]) for row in rows]
+
+
+def spread(values, n):
+    """n of the values, from the first to the last."""
+    return [values[index] for index in np.linspace(0, len(values) - 1, min(n, len(values))).astype(int)]
+
+
+def read_predictions(path, n):
+    """Cache rows in a predictions.csv and n of its logits."""
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    return [int(line["row"]) for line in table], np.array(spread([line["logit"] for line in table], n), np.float32)
 
 
 def read_logits(path):
@@ -206,14 +222,17 @@ def check_int8(path, images, f32, engine):
     ours = np.array([t["logit_bits"] for t in seeds], np.uint32).view(np.float32)
     on_seeds, _ = onnxruntime_logits(path, [self_test_image(t["seed"]) for t in seeds])
     hold("int8: onnxruntime and the manifest's self-test", on_seeds, ours, INT8_TOLERANCE)
-    if engine:
-        hold("int8: onnxruntime and the engine", theirs, read_logits(engine), INT8_TOLERANCE)
+    if engine is not None:
+        hold("int8: onnxruntime and the engine", theirs, engine, INT8_TOLERANCE)
     openvino = check_openvino(path, images, f32)
     for point in manifest["operating_points"][:1]:
         threshold = point["logit_threshold"]
-        assert ((theirs >= threshold) == (openvino >= threshold)).all(), "OpenVINO decides otherwise"
+        for name, logits in [("OpenVINO", openvino), ("the engine", engine)]:
+            if logits is not None:
+                assert ((theirs >= threshold) == (logits >= threshold)).all(), f"{name} decides otherwise than onnxruntime"
+                print(f"int8: {name} and onnxruntime decide alike at {point['name']} on all {len(images)} images")
         alike = np.mean((theirs >= threshold) == (f32 >= threshold))
-        print(f"int8: OpenVINO and onnxruntime decide alike at {point['name']} on all {len(images)} images, f32 on {alike:.4f} of them")
+        print(f"int8: f32 decides alike on {alike:.4f} of them")
 
 
 def main():
@@ -225,6 +244,7 @@ def main():
     parser.add_argument("--images", help="cache folder or file of u8; without it the self-test's images")
     parser.add_argument("--candle", help="text file, one logit a line, candle's on the same images")
     parser.add_argument("--engine", help="text file, one logit a line, our engine's of the int8 file on the same images")
+    parser.add_argument("--predictions", help="predictions.csv of the int8 file on the cache of --images: its rows, the engine's logits")
     parser.add_argument("--n", type=int, default=8)
     args = parser.parse_args()
     if args.parity:
@@ -234,12 +254,16 @@ def main():
                 name = os.path.join(args.parity, file.removesuffix(".int8.onnx"))
                 print(f"--- {os.path.basename(name)}")
                 f32 = check_float(name + ".onnx", images, name + ".candle.txt")
-                check_int8(name + ".int8.onnx", images, f32, name + ".engine.txt")
+                check_int8(name + ".int8.onnx", images, f32, read_logits(name + ".engine.txt"))
     else:
-        images = load_images(args.images, args.n)
+        engine = read_logits(args.engine) if args.engine else None
+        rows = None
+        if args.predictions:
+            rows, engine = read_predictions(args.predictions, args.n)
+        images = load_images(args.images, args.n, rows)
         f32 = check_float(args.float, images, args.candle)
         if args.int8:
-            check_int8(args.int8, images, f32, args.engine)
+            check_int8(args.int8, images, f32, engine)
     print("all checks passed; research use only, not a medical device")
 
 

@@ -43,8 +43,10 @@ pub fn noise_plot(tensors: &[TensorNoise]) -> String {
     let x = LEFT + SNR_TARGET_DB * PER_DB;
     let _written = write!(
         svg,
-        "<line x1=\"{x}\" x2=\"{x}\" y1=\"26\" y2=\"{}\" stroke=\"black\" stroke-dasharray=\"4 3\"/></svg>",
-        height - 16
+        "<line x1=\"{x}\" x2=\"{x}\" y1=\"26\" y2=\"{}\" stroke=\"black\" stroke-dasharray=\"4 3\"/>\
+         <text x=\"{x}\" y=\"{}\" text-anchor=\"middle\">at least {SNR_TARGET_DB} dB wanted</text></svg>",
+        height - 18,
+        height - 4
     );
     svg
 }
