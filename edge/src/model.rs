@@ -235,12 +235,66 @@ mod tests {
         refuses(b"pe.manifest", b"no.manifest", "no manifest");
     }
 
+    /// The demonstration model with the first bytes of a constant's values replaced.
+    fn with_values(name: &str, values: &[u8]) -> Vec<u8> {
+        let mut bytes = DEMONSTRATION.to_vec();
+        // Behind the name: field 9, bytes, and their length in one or more bytes of seven bits.
+        let named = [name.as_bytes(), b"\x4a"].concat();
+        let place = bytes.windows(named.len()).position(|at| at == named);
+        let mut at = place.unwrap() + named.len();
+        while bytes[at] >= 0x80 {
+            at += 1;
+        }
+        bytes[at + 1..][..values.len()].copy_from_slice(values);
+        bytes
+    }
+
     #[test]
-    fn an_int8_file_without_self_test_is_refused() {
+    fn parameters_that_integers_do_not_compute_with_are_refused() {
+        for (name, values) in [
+            ("conv1.bias_scale", 1_f32.to_le_bytes().as_slice()),
+            ("conv1.weight_zero_point", &[1]),
+            ("conv1.weight_quantized", &[0x80]),
+            ("relu1_scale", &f32::NAN.to_le_bytes()),
+            ("relu1_zero_point", &[7]),
+            ("dense1.bias_quantized", &i32::MAX.to_le_bytes()),
+        ] {
+            let model = Model::load(&with_values(name, values), &Options::default());
+            let is_refused = model.map_or(true, |model| usable(&model).is_err());
+            assert!(is_refused, "{name}");
+        }
+    }
+
+    /// The demonstration model with another manifest, of the same length once its metrics are left out.
+    fn with_manifest(change: impl FnOnce(&mut Manifest)) -> Vec<u8> {
         let model = Model::load(DEMONSTRATION, &Options::default()).unwrap();
-        let manifest = model.manifest().unwrap();
-        let tests = serde_json::to_string(&manifest.self_test).unwrap();
-        let none = format!("[{}]", " ".repeat(tests.len() - 2));
-        refuses(tests.as_bytes(), none.as_bytes(), "without self-test");
+        let text = model.manifest().unwrap().to_json();
+        let mut manifest = model.manifest().unwrap().clone();
+        manifest.metrics.clear();
+        change(&mut manifest);
+        let other = format!("{:<1$}", manifest.to_json(), text.len());
+        patched(text.as_bytes(), other.as_bytes())
+    }
+
+    #[test]
+    fn a_manifest_that_asks_for_what_the_board_does_not_do_is_refused() {
+        let refuses = |expected: &str, change: fn(&mut Manifest)| {
+            let model = Model::load(&with_manifest(change), &Options::default()).unwrap();
+            let error = usable(&model).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        refuses("without self-test", |manifest| manifest.self_test.clear());
+        refuses("series-minmax", |manifest| {
+            manifest.preprocess.normalisation = Normalisation::SeriesMinmax;
+        });
+        let other_bits = with_manifest(|manifest| manifest.self_test[0].logit_bits ^= 1);
+        let model = Model::load(&other_bits, &Options::default()).unwrap();
+        let manifest = usable(&model).unwrap();
+        assert!(
+            self_test(&model, &manifest)
+                .unwrap_err()
+                .to_string()
+                .contains("logit bits")
+        );
     }
 }

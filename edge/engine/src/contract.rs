@@ -91,3 +91,105 @@ fn is_inside(constant: &TensorProto) -> bool {
     constant.data_location != Some(DataLocation::External as i32)
         && n_values.and_then(|n| n.checked_mul(bytes)) == Some(constant.raw_data.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use tract_onnx::pb::{
+        GraphProto, NodeProto, OperatorSetIdProto, TensorShapeProto, TypeProto, tensor_shape_proto,
+    };
+
+    use super::*;
+
+    fn value(name: &str, element: DataType, dims: &[i64]) -> ValueInfoProto {
+        let dim = dims.iter().map(|&n| tensor_shape_proto::Dimension {
+            value: Some(dimension::Value::DimValue(n)),
+            ..Default::default()
+        });
+        let shape = TensorShapeProto { dim: dim.collect() };
+        let tensor = type_proto::Tensor {
+            elem_type: element as i32,
+            shape: Some(shape),
+        };
+        ValueInfoProto {
+            name: name.to_owned(),
+            r#type: Some(TypeProto {
+                value: Some(type_proto::Value::TensorType(tensor)),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// As little as keeps to the contract.
+    fn file() -> ModelProto {
+        ModelProto {
+            opset_import: vec![OperatorSetIdProto {
+                domain: String::new(),
+                version: OPSET,
+            }],
+            graph: Some(GraphProto {
+                node: vec![NodeProto::default()],
+                input: vec![value(IMAGE, DataType::Uint8, &[1, 3, 256, 256])],
+                output: OUTPUTS
+                    .map(|name| value(name, DataType::Float, &[1, 1]))
+                    .to_vec(),
+                initializer: vec![TensorProto {
+                    name: "w".to_owned(),
+                    dims: vec![2],
+                    data_type: DataType::Float as i32,
+                    raw_data: vec![0; 8],
+                    ..Default::default()
+                }],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[track_caller]
+    fn check(expected: &str, change: impl FnOnce(&mut ModelProto, &mut GraphProto)) {
+        let mut file = file();
+        let mut graph = file.graph.take().unwrap();
+        change(&mut file, &mut graph);
+        file.graph = Some(graph);
+        let found = fault(&file).unwrap_or_default();
+        assert!(
+            found.contains(expected) && found.is_empty() == expected.is_empty(),
+            "{found}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_keeps_to_the_contract_has_no_fault() {
+        check("", |_, _| {});
+    }
+
+    #[test]
+    fn whatever_is_otherwise_is_named() {
+        check("operator set \"\" 14", |file, _| {
+            file.opset_import[0].version = 14
+        });
+        check("operator set \"com.microsoft\"", |file, _| {
+            file.opset_import[0].domain = "com.microsoft".to_owned();
+        });
+        check("domain \"com.microsoft\"", |_, graph| {
+            graph.node[0].domain = "com.microsoft".to_owned();
+        });
+        check("only input is not image", |_, graph| {
+            graph.input = vec![value(IMAGE, DataType::Float, &[1, 3, 256, 256])];
+        });
+        check("only input is not image", |_, graph| {
+            graph.input = vec![value(IMAGE, DataType::Uint8, &[1, 3, 512, 512])];
+        });
+        check("output 1 is not logit", |_, graph| graph.output.swap(0, 1));
+        check("output 2 is not probability", |_, graph| {
+            graph.output[1] = value("probability", DataType::Float, &[1, 2]);
+        });
+        check("constant w", |_, graph| {
+            graph.initializer[0].data_location = Some(DataLocation::External as i32);
+        });
+        check("constant w", |_, graph| {
+            graph.initializer[0].raw_data.pop();
+        });
+    }
+}

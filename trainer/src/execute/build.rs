@@ -3,23 +3,56 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::onnx::{DataType, NodeProto, OnnxError, TensorProto};
+use crate::export::IMAGE;
+use crate::onnx::{DataType, GraphProto, NodeProto, OnnxError, TensorProto};
 
 use super::convolution::Convolution;
 use super::pool::Pool;
 use super::step::{Operation, Step};
 use super::{ExecuteError, Tensor, Window};
 
-pub(super) struct Builder<'a> {
-    pub(super) protos: BTreeMap<&'a str, &'a TensorProto>,
-    pub(super) constants: BTreeMap<String, Arc<Tensor>>,
-    pub(super) slots: BTreeMap<String, usize>,
-    pub(super) names: Vec<String>,
+/// The steps of a graph in order.
+pub(super) struct Steps {
     pub(super) steps: Vec<Step>,
+    /// Tensor names by slot; slot 0 is the image.
+    pub(super) names: Vec<String>,
+}
+
+impl Steps {
+    /// Of `graph`, with some constants replaced by `weights`, by name.
+    pub(super) fn of(
+        graph: &GraphProto,
+        weights: BTreeMap<String, Tensor>,
+    ) -> Result<Self, ExecuteError> {
+        let shared = |(name, tensor)| (name, Arc::new(tensor));
+        let mut builder = Builder {
+            protos: graph.initializers(),
+            constants: weights.into_iter().map(shared).collect(),
+            slots: BTreeMap::new(),
+            names: Vec::new(),
+            steps: Vec::new(),
+        };
+        builder.slot(IMAGE);
+        for node in &graph.node {
+            builder.add(node)?;
+        }
+        Ok(Self {
+            steps: builder.steps,
+            names: builder.names,
+        })
+    }
+}
+
+struct Builder<'a> {
+    protos: BTreeMap<&'a str, &'a TensorProto>,
+    constants: BTreeMap<String, Arc<Tensor>>,
+    slots: BTreeMap<String, usize>,
+    names: Vec<String>,
+    steps: Vec<Step>,
 }
 
 impl Builder<'_> {
-    pub(super) fn slot(&mut self, name: &str) -> usize {
+    fn slot(&mut self, name: &str) -> usize {
         if let Some(&slot) = self.slots.get(name) {
             return slot;
         }
@@ -28,7 +61,7 @@ impl Builder<'_> {
         self.names.len() - 1
     }
 
-    pub(super) fn add(&mut self, node: &NodeProto) -> Result<(), ExecuteError> {
+    fn add(&mut self, node: &NodeProto) -> Result<(), ExecuteError> {
         let unsupported = |reason| ExecuteError::Unsupported {
             node: node.name.clone(),
             op_type: node.op_type.clone(),

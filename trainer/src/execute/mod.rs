@@ -13,12 +13,11 @@ mod step;
 mod winograd;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use crate::export::{IMAGE, LOGIT};
+use crate::export::LOGIT;
 use crate::onnx::{ModelProto, OnnxError};
 
-use build::Builder;
+use build::Steps;
 use pool::global_average;
 pub(crate) use step::nearest;
 use step::{Operation, Step, concat, dense};
@@ -114,35 +113,22 @@ impl FloatGraph {
         weights: BTreeMap<String, Tensor>,
     ) -> Result<Self, ExecuteError> {
         let graph = model.graph()?;
-        let mut builder = Builder {
-            protos: graph.initializers(),
-            constants: BTreeMap::new(),
-            slots: BTreeMap::new(),
-            names: Vec::new(),
-            steps: Vec::new(),
-        };
-        for (name, tensor) in weights {
-            builder.constants.insert(name, Arc::new(tensor));
-        }
-        builder.slot(IMAGE);
-        for node in &graph.node {
-            builder.add(node)?;
-        }
-        let mut last_use: Vec<usize> = vec![usize::MAX; builder.names.len()];
-        for (index, step) in builder.steps.iter().enumerate() {
+        let Steps { steps, names } = Steps::of(graph, weights)?;
+        let mut last_use: Vec<usize> = vec![usize::MAX; names.len()];
+        for (index, step) in steps.iter().enumerate() {
             for &slot in &step.inputs {
                 last_use[slot] = index;
             }
         }
-        let mut released = vec![Vec::new(); builder.steps.len()];
+        let mut released = vec![Vec::new(); steps.len()];
         for (slot, &index) in last_use.iter().enumerate() {
-            if index != usize::MAX && builder.names[slot] != LOGIT {
+            if index != usize::MAX && names[slot] != LOGIT {
                 released[index].push(slot);
             }
         }
         Ok(Self {
-            steps: builder.steps,
-            names: builder.names,
+            steps,
+            names,
             released,
         })
     }

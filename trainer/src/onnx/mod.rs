@@ -21,7 +21,7 @@ pub use messages::{
     TypeProto, ValueInfoProto,
 };
 
-/// IR version of the files we write (ONNX 1.7, the first to carry opset 13 is 7).
+/// IR version of the files we write: that of ONNX 1.8, which brought opset 13.
 pub const IR_VERSION: i64 = 7;
 /// Operator set of the files we write (per-axis `DequantizeLinear` begins here).
 pub const OPSET_VERSION: i64 = 13;

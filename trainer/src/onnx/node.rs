@@ -48,12 +48,6 @@ impl NodeProto {
         self.find(name).map_or(default, |attribute| attribute.i)
     }
 
-    /// Attribute of kind FLOAT, or `default` where it is left out.
-    #[must_use]
-    pub fn float(&self, name: &str, default: f32) -> f32 {
-        self.find(name).map_or(default, |attribute| attribute.f)
-    }
-
     /// Attribute of kind INTS; empty where it is left out.
     #[must_use]
     pub fn ints(&self, name: &str) -> &[i64] {

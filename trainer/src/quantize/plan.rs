@@ -35,7 +35,7 @@ impl Plan {
             leader_of: BTreeMap::new(),
             relu_of: BTreeMap::new(),
         };
-        let mut fused = BTreeSet::new();
+        let mut fused: BTreeSet<String> = BTreeSet::new();
         for node in &graph.node {
             let output = node.output[0].as_str();
             match node.op_type.as_str() {
@@ -64,7 +64,7 @@ impl Plan {
             };
             let name = relu.clone().unwrap_or_else(|| output.to_owned());
             if let Some(relu) = relu {
-                fused.insert(only_name(&relu, graph));
+                fused.insert(relu.clone());
                 plan.relu_of.insert(output.to_owned(), relu);
             }
             plan.leader_of.insert(name.clone(), name.clone());
@@ -146,13 +146,4 @@ impl Plan {
             })?;
         Ok(Parameters::of(*range))
     }
-}
-
-/// The string as it stands in the graph, so that a set of borrowed names can hold it.
-fn only_name<'a>(name: &str, graph: &'a GraphProto) -> &'a str {
-    let outputs = graph.node.iter().flat_map(|node| &node.output);
-    outputs
-        .into_iter()
-        .find(|output| *output == name)
-        .map_or("", String::as_str)
 }
