@@ -208,11 +208,12 @@ impl Promised {
         self.bell.notify_waiters();
     }
 
-    /// Reports that are owed and that no association holds, with the AE titles of the peers.
+    /// Reports that are owed and that no association holds, with the AE titles of the peers. None of a commitment that has ended: its objects
+    /// may be gone.
     ///
     /// # Errors
     /// The medium fails.
-    pub(crate) fn owed(&self) -> Result<Vec<(String, Transaction)>, OutboxError> {
+    pub(crate) fn owed(&self, now_ms: i64) -> Result<Vec<(String, Transaction)>, OutboxError> {
         let table = self.database.begin_read()?.open_table(REPORTS)?;
         let mut owed = Vec::new();
         for entry in table.iter()? {
@@ -220,8 +221,8 @@ impl Promised {
             let Ok(uid) = Uid::new(uid.value()) else {
                 continue;
             };
-            if !self.held().contains(&uid) {
-                let one: Owed = parse(bytes.value())?;
+            let one: Owed = parse(bytes.value())?;
+            if one.until_ms > now_ms && !self.held().contains(&uid) {
                 owed.push((one.calling_ae.clone(), one.report(uid)));
             }
         }

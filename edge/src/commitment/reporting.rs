@@ -14,6 +14,7 @@ use super::asking::on_disk;
 use super::message::Transaction;
 use super::promised::Promised;
 use super::{EVENT_REPORT, SOP_CLASS_UID, SOP_INSTANCE_UID};
+use crate::intake::unix_ms;
 use crate::send::association::{Association, AssociationError, Proposal};
 use crate::send::connection::Connection;
 use crate::send::data_set::{DataSet, Syntax};
@@ -80,7 +81,7 @@ impl Reporting {
         let Some(way) = self.way() else {
             return;
         };
-        let owed = match on_disk(&self.promised, Promised::owed).await {
+        let owed = match on_disk(&self.promised, |promised| promised.owed(unix_ms())).await {
             Ok(owed) => owed,
             Err(error) => {
                 tracing::error!(%error, "commitments cannot be read");

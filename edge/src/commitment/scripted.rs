@@ -383,15 +383,21 @@ fn pins_hold_over_a_restart_and_end_with_the_commitment() {
     );
     let report = promised.promise(&request, "CT1", terms, NOW_MS).unwrap();
     assert_eq!(report, request);
-    assert_eq!(promised.owed().unwrap(), [], "its association holds it");
+    assert_eq!(
+        promised.owed(NOW_MS).unwrap(),
+        [],
+        "its association holds it"
+    );
     drop((promised, spool));
     let spool = Spool::open(folder.path(), &limits).unwrap();
     let promised = Promised::open(database, Arc::clone(&spool)).unwrap();
     assert_eq!(spool.kept()[0].pinned_until_ms, NOW_MS + 60_000);
-    assert_eq!(promised.owed().unwrap(), [("CT1".to_owned(), report)]);
+    let owed = promised.owed(NOW_MS + 59_999).unwrap();
+    assert_eq!(owed, [("CT1".to_owned(), report)]);
+    assert_eq!(promised.owed(NOW_MS + 60_000).unwrap(), [], "it has ended");
     promised.forget(Ages::before(NOW_MS + 58_999)).unwrap();
-    assert_eq!(promised.owed().unwrap().len(), 1);
+    assert_eq!(promised.owed(NOW_MS).unwrap().len(), 1);
     promised.forget(Ages::before(NOW_MS + 59_001)).unwrap();
-    assert_eq!(promised.owed().unwrap(), []);
+    assert_eq!(promised.owed(NOW_MS).unwrap(), []);
     assert_eq!(sequence, 1);
 }
