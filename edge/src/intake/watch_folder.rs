@@ -226,10 +226,14 @@ impl Memory {
                 remove(path, seen)
             }
             Taken::Quarantined(reason) => {
+                let folder = super::quarantine_folder(&intake.config.borrow());
+                let moved = quarantine(&folder, path, (seen, &mut file), reason);
+                if matches!(moved, Ok(false)) {
+                    return;
+                }
                 intake.counters.files_quarantined.add();
                 tracing::warn!(%reason, "file of the watched folder put into quarantine");
-                let folder = super::quarantine_folder(&intake.config.borrow());
-                quarantine(&folder, path, &mut file, reason)
+                moved.map(drop)
             }
         };
         self.settling.remove(path);
@@ -288,9 +292,18 @@ impl Seen {
 
 /// Removes a file that was taken, unless it is another one by now: that one comes next.
 fn remove(path: &Path, taken: Seen) -> io::Result<()> {
-    match open(path) {
-        Some((seen, _)) if seen != taken => Ok(()),
-        _ => std::fs::remove_file(path),
+    if is_still(path, taken) {
+        std::fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// Whether a path holds the file that was seen there, as it was then. What cannot be looked at counts as that file, so that whoever
+/// acts on it hears the error.
+fn is_still(path: &Path, seen: Seen) -> bool {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) => Seen::of(&metadata) == seen,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 
@@ -355,8 +368,17 @@ fn fill(file: &mut File, chunk: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Moves a file to the quarantine under a name of ours, with its reason beside it.
-fn quarantine(folder: &Path, path: &Path, file: &mut File, reason: Reason) -> io::Result<()> {
+/// Moves a file to the quarantine under a name of ours, with its reason beside it. Out: whether it was still there as it was read;
+/// what is there otherwise comes next.
+fn quarantine(
+    folder: &Path,
+    path: &Path,
+    (seen, file): (Seen, &mut File),
+    reason: Reason,
+) -> io::Result<bool> {
+    if !is_still(path, seen) {
+        return Ok(false);
+    }
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -373,10 +395,11 @@ fn quarantine(folder: &Path, path: &Path, file: &mut File, reason: Reason) -> io
             io::Seek::rewind(file)?;
             io::copy(file, &mut copy)?;
             copy.sync_all()?;
-            std::fs::remove_file(path)?;
+            remove(path, seen)?;
         }
         let mut why = File::create(target.with_extension("reason"))?;
-        return writeln!(why, "{reason}");
+        writeln!(why, "{reason}")?;
+        return Ok(true);
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
@@ -432,6 +455,42 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_has_read_is_neither_removed_nor_put_into_quarantine() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("a"), folder.path().join("b"));
+        let seen = || {
+            std::fs::write(&path, b"read").unwrap();
+            open(&path).unwrap()
+        };
+        let replace: [fn(&Path, &Path); 3] = [
+            |other, path| std::fs::rename(other, path).unwrap(),
+            // As writers do that link their file into place and then remove its first name.
+            |other, path| {
+                std::fs::remove_file(path).unwrap();
+                std::fs::hard_link(other, path).unwrap();
+            },
+            |other, path| {
+                std::fs::remove_file(path).unwrap();
+                std::os::unix::fs::symlink(other, path).unwrap();
+            },
+        ];
+        for replace in replace {
+            let (seen, mut file) = seen();
+            std::fs::write(&other, b"another file").unwrap();
+            replace(&other, &path);
+            let target = folder.path().join("quarantine");
+            assert!(!quarantine(&target, &path, (seen, &mut file), Reason::NotDicom).unwrap());
+            remove(&path, seen).unwrap();
+            assert!(!target.exists());
+            assert_eq!(std::fs::read(&path).unwrap(), b"another file");
+            std::fs::remove_file(&path).unwrap();
+        }
+        let (seen, _) = seen();
+        std::fs::remove_file(&path).unwrap();
+        remove(&path, seen).unwrap();
+    }
+
+    #[test]
     fn links_and_files_with_two_names_are_not_opened() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
@@ -449,9 +508,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("DOE^JANE.dcm");
         std::fs::write(&path, b"content").unwrap();
-        let (_, mut file) = open(&path).unwrap();
+        let (seen, mut file) = open(&path).unwrap();
         let target = folder.path().join("quarantine");
-        quarantine(&target, &path, &mut file, Reason::NotDicom).unwrap();
+        assert!(quarantine(&target, &path, (seen, &mut file), Reason::NotDicom).unwrap());
         assert!(!path.exists());
         let mut texts: Vec<String> = std::fs::read_dir(&target)
             .unwrap()
