@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::decide::Changed;
 use crate::decide::store::Origin;
 use crate::exit::{Exit, Failure, failure};
+use crate::intake::spool::Spool;
 use crate::result::{Outcome, State, StudyResult};
 use crate::serve::NodeState;
 
@@ -139,13 +140,13 @@ async fn forget(node: &Arc<NodeState>) {
     let Some(ages) = node.intake.clock.ages(&config.retention) else {
         return;
     };
-    let first_kept = node.spool.sequences_after(0).next().unwrap_or(0);
+    let before_sequence = last_before_kept(&node.spool);
     let store = Arc::clone(&node.store);
     let forgotten = tokio::task::spawn_blocking(move || {
         if let Err(error) = store.forget_aside(ages.oldest_ms) {
             tracing::error!(%error, "the broken results database cannot be deleted");
         }
-        store.forget(ages, first_kept.saturating_sub(1))
+        store.forget(ages, before_sequence)
     });
     match forgotten.await {
         Ok(Ok(studies)) if studies.is_empty() => {}
@@ -168,6 +169,14 @@ async fn forget(node: &Arc<NodeState>) {
         Ok(Err(error)) => tracing::error!(%error, "old studies cannot be deleted"),
         Err(error) => tracing::error!(%error, "old studies cannot be deleted"),
     }
+}
+
+/// The sequence up to which nothing is in the spool any more.
+fn last_before_kept(spool: &Spool) -> u64 {
+    // Looked at first: what comes meanwhile lies above it.
+    let latest = *spool.latest().borrow();
+    let first_kept = spool.sequences_after(0).next();
+    first_kept.map_or(latest, |first| first.saturating_sub(1))
 }
 
 async fn confirm(node: &Arc<NodeState>) {
@@ -242,7 +251,33 @@ fn decided(result: &StudyResult) -> Option<(DecidedOutcome, Event<'_>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::intake::spool::{Header, SpoolLimits};
     use crate::page::example;
+
+    #[test]
+    fn an_empty_spool_keeps_no_study_of_a_wrong_clock() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = SpoolLimits {
+            keep_free_bytes: 0,
+            ..SpoolLimits::default()
+        };
+        let spool = Spool::open(folder.path(), &limits).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            for kept in 0..2 {
+                assert_eq!(last_before_kept(&spool), 0, "{kept} objects are kept");
+                let mut entry = spool.begin(Header::default()).unwrap();
+                entry.write(b"object").unwrap();
+                entry.commit().await.unwrap();
+            }
+            spool.purge(vec![1]).await.unwrap();
+            assert_eq!(last_before_kept(&spool), 1);
+            spool.purge(vec![2]).await.unwrap();
+            assert_eq!(last_before_kept(&spool), 2);
+        });
+    }
 
     #[test]
     fn a_decision_is_recorded_without_the_patient() {
