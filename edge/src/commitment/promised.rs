@@ -238,7 +238,7 @@ impl Promised {
         let transaction = self.database.begin_write()?;
         transaction
             .open_table(PINS)?
-            .retain(|_, until_ms| until_ms > now_ms)?;
+            .retain(|_, until_ms| !ages.has_come(until_ms))?;
         transaction
             .open_table(REPORTS)?
             .retain(|_, bytes| parse::<Owed>(bytes).is_ok_and(|owed| owed.until_ms > now_ms))?;

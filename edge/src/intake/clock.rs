@@ -2,10 +2,17 @@
 //!
 //! In: the wall clock and the monotonic one, again and again. Out: what is too old ([`Ages`]), nothing while the wall clock cannot be right: before it
 //! was set, and until it has gone as the monotonic one does for [`SETTLED`]. A board may start in 1970, or in 2031 until the network corrects it;
-//! neither may cost a study. What is stamped with such a time counts from when the clock was right again.
+//! neither may cost a study. What is stamped with such a time counts from when the clock was right again. A board may also start at the time at
+//! which it was switched off: what was stamped in a stretch of time that a jump ended counts from the jump. Such stretches, and the last time
+//! that was right, are kept over a restart.
 
-use std::sync::{Mutex, PoisonError};
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use super::unix_ms;
 use crate::config::Retention;
@@ -20,6 +27,18 @@ const SETTLED: Duration = Duration::from_secs(3600);
 const JUMP_MS: i64 = 60_000;
 /// What is stamped further ahead than this was stamped by a wrong clock.
 const AHEAD_MS: i64 = 86_400_000;
+/// A jump from which what was stamped before it counts; for a smaller one nothing goes sooner by more than this.
+const FAR_JUMP_MS: i64 = 3_600_000;
+/// Such jumps that are remembered; of more, the oldest become one.
+const MAX_JUMPS: usize = 8;
+/// How long a jump is remembered after what came before it was too old.
+const FORGET_AFTER_MS: i64 = 86_400_000;
+/// A clock that is so far ahead of the last time that was right is wrong, unless the system says that it is synchronised.
+const FAR_AHEAD_MS: i64 = 366 * 86_400_000;
+/// How exactly the last time that was right is kept.
+const RIGHT_WITHIN_MS: i64 = 86_400_000;
+/// What systemd-timesyncd makes when it has set the clock.
+const SYNCHRONISED: &str = "/run/systemd/timesync/synchronized";
 
 /// Whether a time can be right. A board without a battery-backed clock starts in 1970; by such a clock nothing is deleted.
 pub(crate) fn is_clock_trusted(now_ms: i64) -> bool {
@@ -29,7 +48,32 @@ pub(crate) fn is_clock_trusted(now_ms: i64) -> bool {
 /// The clock of a running node. It must be looked at more often than every few minutes.
 #[derive(Debug, Default)]
 pub(crate) struct Clock {
-    seen: Mutex<Option<Seen>>,
+    state: Mutex<ClockState>,
+    /// Where it is kept; nowhere without.
+    path: Option<PathBuf>,
+}
+
+#[derive(Debug, Default)]
+struct ClockState {
+    seen: Option<Seen>,
+    known: Known,
+}
+
+/// What is known of the clock over a restart.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Known {
+    /// The last time that was right, within a day; 0 where there was none.
+    right_ms: i64,
+    /// The oldest first.
+    stretches: Vec<Stretch>,
+}
+
+/// A stretch of time, as the clock showed it, that a jump ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Stretch {
+    from_ms: i64,
+    until_ms: i64,
+    jumped_to_ms: i64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +82,8 @@ struct Seen {
     at: Instant,
     /// Since when there was no jump.
     since: Instant,
+    /// What the clock showed then, or when the system started.
+    from_ms: i64,
 }
 
 /// What is too old by a clock that is right.
@@ -49,31 +95,104 @@ pub(crate) struct Ages {
     pub(crate) now_ms: i64,
     /// Since when the clock is right.
     pub(crate) since_ms: i64,
+    stretches: [Stretch; MAX_JUMPS],
 }
 
 impl Clock {
+    /// A clock that remembers in a folder. What cannot be read there is as if it had never been.
+    pub(crate) fn open(folder: &Path) -> Self {
+        let path = folder.join("clock.json");
+        let read = fs::read(&path).ok();
+        let known = read.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let (now_ms, now) = (unix_ms(), Instant::now());
+        let seen = Seen {
+            wall_ms: now_ms,
+            at: now,
+            since: now,
+            // The node may have run before in this stretch.
+            from_ms: now_ms.saturating_sub(milliseconds(uptime())),
+        };
+        let state = ClockState {
+            seen: Some(seen),
+            known: known.unwrap_or_default(),
+        };
+        Self {
+            state: Mutex::new(state),
+            path: Some(path),
+        }
+    }
+
+    /// Whether a time can be right, by what is known.
+    pub(crate) fn is_plausible(&self, now_ms: i64) -> bool {
+        self.state()
+            .known
+            .is_plausible(now_ms, Path::new(SYNCHRONISED).exists())
+    }
+
     /// Looks at the clocks. Out: what is too old; `None` while nothing may be deleted by age.
     pub(crate) fn ages(&self, retention: &Retention) -> Option<Ages> {
-        self.ages_at(unix_ms(), Instant::now(), retention)
+        let is_synchronised = Path::new(SYNCHRONISED).exists();
+        self.ages_at(unix_ms(), Instant::now(), retention, is_synchronised)
     }
 
-    fn ages_at(&self, now_ms: i64, now: Instant, retention: &Retention) -> Option<Ages> {
-        let steady = self.steady(now_ms, now);
-        let max_age_ms = i64::try_from(retention.max_age.as_millis()).unwrap_or(i64::MAX);
-        (is_clock_trusted(now_ms) && steady >= SETTLED).then(|| Ages {
-            oldest_ms: now_ms.saturating_sub(max_age_ms),
+    fn ages_at(
+        &self,
+        now_ms: i64,
+        now: Instant,
+        retention: &Retention,
+        is_synchronised: bool,
+    ) -> Option<Ages> {
+        let mut state = self.state();
+        let (steady, jump) = state.look(now_ms, now);
+        let mut is_news = jump.is_some();
+        state.known.stretches.extend(jump);
+        state.known.bound();
+        let is_right = steady >= SETTLED && state.known.is_plausible(now_ms, is_synchronised);
+        let max_age_ms = milliseconds(retention.max_age);
+        let oldest_ms = now_ms.saturating_sub(max_age_ms);
+        if is_right {
+            // Whatever came before such a jump has gone by age.
+            let gone_ms = oldest_ms.saturating_sub(FORGET_AFTER_MS);
+            let stretches = &mut state.known.stretches;
+            stretches.retain(|stretch| stretch.jumped_to_ms >= gone_ms);
+        }
+        let ages = is_right.then(|| Ages {
+            oldest_ms,
             now_ms,
             since_ms: now_ms.saturating_sub(milliseconds(steady)),
-        })
+            stretches: state.known.padded(),
+        });
+        if is_right && now_ms.abs_diff(state.known.right_ms) >= RIGHT_WITHIN_MS.unsigned_abs() {
+            state.known.right_ms = now_ms;
+            is_news = true;
+        }
+        if is_news && let Some(path) = &self.path {
+            // What is not kept is known until the node stops.
+            if let Err(error) = state.known.write(path) {
+                tracing::warn!(%error, "what is known of the clock is not kept");
+            }
+        }
+        ages
     }
 
-    /// How long the clock has gone without a jump.
-    fn steady(&self, now_ms: i64, now: Instant) -> Duration {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let jumped_ms = seen.map_or(0, |seen| {
-            let passed = milliseconds(now.saturating_duration_since(seen.at));
-            now_ms.saturating_sub(seen.wall_ms).saturating_sub(passed)
-        });
+    fn state(&self) -> MutexGuard<'_, ClockState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClockState {
+    /// How long the clock has gone without a jump, and the stretch that a far one has just ended.
+    fn look(&mut self, now_ms: i64, now: Instant) -> (Duration, Option<Stretch>) {
+        let first = Seen {
+            wall_ms: now_ms,
+            at: now,
+            since: now,
+            from_ms: now_ms,
+        };
+        let seen = self.seen.unwrap_or(first);
+        let passed = milliseconds(now.saturating_duration_since(seen.at));
+        let until_ms = seen.wall_ms.saturating_add(passed);
+        let jumped_ms = now_ms.saturating_sub(until_ms);
         let is_steady = jumped_ms.abs() < JUMP_MS;
         if !is_steady {
             tracing::warn!(
@@ -81,22 +200,91 @@ impl Clock {
                 "the clock jumped: nothing is deleted by age for an hour"
             );
         }
-        let since = seen.map_or(now, |seen| if is_steady { seen.since } else { now });
-        *seen = Some(Seen {
+        let kept = if is_steady { seen } else { first };
+        self.seen = Some(Seen {
             wall_ms: now_ms,
             at: now,
-            since,
+            ..kept
         });
-        now.saturating_duration_since(since)
+        let jump = (jumped_ms.abs() >= FAR_JUMP_MS).then_some(Stretch {
+            from_ms: seen.from_ms,
+            until_ms,
+            jumped_to_ms: now_ms,
+        });
+        (now.saturating_duration_since(kept.since), jump)
+    }
+}
+
+impl Known {
+    fn is_plausible(&self, now_ms: i64, is_synchronised: bool) -> bool {
+        let is_far_ahead = self.right_ms > 0 && now_ms > self.right_ms.saturating_add(FAR_AHEAD_MS);
+        is_clock_trusted(now_ms) && (is_synchronised || !is_far_ahead)
+    }
+
+    /// Makes one of the two oldest stretches where there are too many: what lies between them counts from the later jump too.
+    fn bound(&mut self) {
+        while self.stretches.len() > MAX_JUMPS {
+            let oldest = self.stretches.remove(0);
+            let next = &mut self.stretches[0];
+            next.from_ms = next.from_ms.min(oldest.from_ms);
+            next.until_ms = next.until_ms.max(oldest.until_ms);
+            next.jumped_to_ms = next.jumped_to_ms.max(oldest.jumped_to_ms);
+        }
+    }
+
+    /// The stretches; empty ones after them change nothing.
+    fn padded(&self) -> [Stretch; MAX_JUMPS] {
+        let mut padded = [Stretch::default(); MAX_JUMPS];
+        for (to, from) in padded.iter_mut().zip(&self.stretches) {
+            *to = *from;
+        }
+        padded
+    }
+
+    /// Whole or not at all.
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let partial = path.with_extension("json.partial");
+        let mut file = fs::File::create(&partial)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        file.sync_all()?;
+        fs::rename(partial, path)
     }
 }
 
 impl Ages {
     /// Whether what is stamped with a time is too old; `None` where the stamp cannot be right: from before the clock was set, or far ahead.
     pub(crate) fn is_too_old(self, stamp_ms: i64) -> Option<bool> {
-        let is_right =
-            is_clock_trusted(stamp_ms) && stamp_ms <= self.now_ms.saturating_add(AHEAD_MS);
-        is_right.then_some(stamp_ms < self.oldest_ms)
+        // A jump may have led to another wrong time.
+        let counts_from_ms = self.stretches.iter().fold(stamp_ms, |from_ms, stretch| {
+            let is_within = |ms| (stretch.from_ms..=stretch.until_ms).contains(&ms);
+            if is_within(stamp_ms) || is_within(from_ms) {
+                from_ms.max(stretch.jumped_to_ms)
+            } else {
+                from_ms
+            }
+        });
+        let is_right = is_clock_trusted(counts_from_ms)
+            && counts_from_ms <= self.now_ms.saturating_add(AHEAD_MS);
+        is_right.then_some(counts_from_ms < self.oldest_ms)
+    }
+
+    /// Whether what is stamped with a time goes by age; what was stamped while the clock was wrong counts from when it was right.
+    pub(crate) fn is_gone_by(self, stamp_ms: i64) -> bool {
+        let is_old = self.is_too_old(stamp_ms);
+        is_old.unwrap_or(self.since_ms < self.oldest_ms)
+    }
+
+    /// Whether a time has come that was fixed ahead of it. What had not come when the clock jumped is put off by the jump.
+    pub(crate) fn has_come(self, until_ms: i64) -> bool {
+        let put_off = self.stretches.iter().fold(until_ms, |until_ms, stretch| {
+            if until_ms > stretch.until_ms {
+                let jumped_ms = stretch.jumped_to_ms.saturating_sub(stretch.until_ms);
+                until_ms.saturating_add(jumped_ms)
+            } else {
+                until_ms
+            }
+        });
+        put_off <= self.now_ms
     }
 }
 
@@ -108,8 +296,18 @@ impl Ages {
             oldest_ms,
             now_ms: oldest_ms + 1000,
             since_ms: oldest_ms + 1000,
+            stretches: [Stretch::default(); MAX_JUMPS],
         }
     }
+}
+
+/// How long the system has run.
+fn uptime() -> Duration {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split(' ').next().and_then(|text| text.parse().ok());
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .unwrap_or_default()
 }
 
 fn milliseconds(duration: Duration) -> i64 {
@@ -137,7 +335,7 @@ mod tests {
     impl Watched {
         fn look(&self, after: u64, wall_ms: i64) -> Option<Ages> {
             let now = self.1 + Duration::from_secs(after);
-            self.0.ages_at(wall_ms, now, &retention())
+            self.0.ages_at(wall_ms, now, &retention(), false)
         }
     }
 
@@ -188,11 +386,84 @@ mod tests {
             oldest_ms: NOW_MS - 7 * DAY_MS,
             now_ms: NOW_MS,
             since_ms: NOW_MS,
+            ..Ages::before(0)
         };
         assert_eq!(ages.is_too_old(NOW_MS - 8 * DAY_MS), Some(true));
         assert_eq!(ages.is_too_old(NOW_MS - 7 * DAY_MS), Some(false));
         assert_eq!(ages.is_too_old(NOW_MS + DAY_MS), Some(false));
         assert_eq!(ages.is_too_old(NOW_MS + DAY_MS + 1), None);
         assert_eq!(ages.is_too_old(600_000), None);
+    }
+
+    #[test]
+    fn what_came_on_a_clock_that_stood_counts_from_the_jump_to_the_right_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("clock.json");
+        let clock = Clock {
+            path: Some(path.clone()),
+            ..Clock::default()
+        };
+        let watched = Watched(clock, Instant::now());
+        let stale_ms = NOW_MS - 30 * DAY_MS;
+        watched.look(0, stale_ms);
+        watched.look(600, stale_ms + 600_000);
+        watched.look(601, NOW_MS);
+        let check = |watched: &Watched, after: u64| {
+            let shown_ms = NOW_MS + after.cast_signed() * 1000 - 601_000;
+            let ages = watched.look(after, shown_ms).unwrap();
+            assert_eq!(ages.is_too_old(stale_ms + 300_000), Some(false));
+            assert_eq!(ages.is_too_old(stale_ms - 1), Some(true), "from before");
+            assert_eq!(ages.is_too_old(NOW_MS - 8 * DAY_MS), Some(true));
+            // Promised on the wrong clock for three days.
+            let until_ms = stale_ms + 300_000 + 3 * DAY_MS;
+            assert!(!ages.has_come(until_ms));
+            assert!(ages.has_come(stale_ms + 1), "ended before the jump");
+        };
+        check(&watched, 601 + 3600);
+        // The same after a restart.
+        let state = ClockState {
+            known: serde_json::from_slice(&fs::read(&path).unwrap()).unwrap(),
+            ..ClockState::default()
+        };
+        let again = Clock {
+            state: Mutex::new(state),
+            path: None,
+        };
+        let again = Watched(again, watched.1);
+        again.look(5000, NOW_MS + 4_399_000);
+        check(&again, 5000 + 3600);
+        let later_ms = NOW_MS + 699_399_000;
+        again.look(700_000, later_ms);
+        let ages = again.look(703_600, later_ms + 3_600_000).unwrap();
+        assert_eq!(ages.is_too_old(stale_ms + 300_000), Some(true));
+        assert!(ages.has_come(stale_ms + 300_000 + 3 * DAY_MS));
+    }
+
+    #[test]
+    fn a_clock_years_ahead_of_the_last_right_time_deletes_nothing_unless_synchronised() {
+        let clock = watched();
+        clock.look(0, NOW_MS);
+        assert!(clock.look(3600, NOW_MS + 3_600_000).is_some());
+        let wrong_ms = NOW_MS + 5 * 365 * DAY_MS;
+        assert_eq!(clock.look(3601, wrong_ms), None);
+        assert_eq!(clock.look(90_000, wrong_ms + 86_399_000), None);
+        assert!(!clock.0.is_plausible(wrong_ms) || Path::new(SYNCHRONISED).exists());
+        let now = clock.1 + Duration::from_secs(90_000);
+        let ages = clock
+            .0
+            .ages_at(wrong_ms + 86_399_000, now, &retention(), true);
+        assert!(ages.is_some());
+    }
+
+    #[test]
+    fn jumps_without_end_are_bounded_and_make_nothing_older() {
+        let clock = watched();
+        for jump in 0..20_u64 {
+            let shown_ms = NOW_MS + jump.cast_signed() * DAY_MS;
+            clock.look(jump * 60, shown_ms);
+        }
+        let ages = clock.look(5000, NOW_MS + 19 * DAY_MS + 3_860_000).unwrap();
+        assert_eq!(ages.is_too_old(NOW_MS), Some(false));
+        assert_eq!(ages.is_too_old(NOW_MS - 1), Some(true));
     }
 }

@@ -60,6 +60,7 @@ impl Intake {
         tls: watch::Receiver<Option<tls::Identity>>,
         commitments: Commitments,
     ) -> Self {
+        let clock = clock::Clock::open(&config.borrow().state_dir);
         Self {
             spool,
             config,
@@ -68,7 +69,7 @@ impl Intake {
             tls,
             commitments,
             visitors: Arc::default(),
-            clock: clock::Clock::default(),
+            clock,
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -40,9 +40,8 @@ pub(crate) async fn run(intake: Arc<Intake>, mut stopping: watch::Receiver<bool>
                 let old = too_old(&intake.spool.kept(), ages);
                 purge(&intake.spool, old, "age").await;
                 let quarantine = super::quarantine_folder(&config);
-                let removed = tokio::task::spawn_blocking(move || {
-                    remove_old_files(&quarantine, ages.oldest_ms)
-                });
+                let removed =
+                    tokio::task::spawn_blocking(move || remove_old_files(&quarantine, ages));
                 drop(removed.await);
             }
         }
@@ -99,8 +98,11 @@ fn bytes_to_free(used_bytes: u64, free_bytes: u64, retention: &Retention) -> u64
 /// Finished objects worth so many bytes, what is committed to not among them: those that are never analysed first, then the oldest.
 fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64, ages: Option<Ages>) -> Vec<u64> {
     // By a clock that may be wrong, no pin has ended.
-    let pins_ended_ms = ages.map_or(0, |ages| ages.now_ms);
-    let may_go = |kept: &Kept| kept.is_finished && kept.pinned_until_ms <= pins_ended_ms;
+    let is_pinned = |kept: &Kept| {
+        let has_ended = ages.is_some_and(|ages| ages.has_come(kept.pinned_until_ms));
+        kept.pinned_until_ms > 0 && !has_ended
+    };
+    let may_go = |kept: &Kept| kept.is_finished && !is_pinned(kept);
     let mut finished: Vec<Kept> = kept.into_iter().filter(may_go).collect();
     finished.sort_by_key(|kept| (kept.is_analysed_class, kept.sequence));
     let mut freed = 0_u64;
@@ -114,25 +116,22 @@ fn first_to_go(kept: Vec<Kept>, wanted_bytes: u64, ages: Option<Ages>) -> Vec<u6
 
 /// Objects that are too old. What came while the clock was wrong counts from when it was right again.
 fn too_old(kept: &[Kept], ages: Ages) -> Vec<u64> {
-    let is_old = |kept: &&Kept| {
-        let is_old = ages.is_too_old(kept.received_ms);
-        is_old.unwrap_or(ages.since_ms < ages.oldest_ms)
-    };
     kept.iter()
-        .filter(is_old)
+        .filter(|kept| ages.is_gone_by(kept.received_ms))
         .map(|kept| kept.sequence)
         .collect()
 }
 
-fn remove_old_files(folder: &Path, oldest_ms: i64) {
+/// The name says when a file came into the quarantine; what a sender's clock said of it plays no part.
+fn remove_old_files(folder: &Path, ages: Ages) {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return;
     };
-    let oldest = Duration::from_millis(u64::try_from(oldest_ms).unwrap_or(0));
     for entry in entries.take(MAX_QUARANTINE_FILES).flatten() {
-        let modified = entry.metadata().and_then(|metadata| metadata.modified());
-        let age = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
-        if modified.is_ok_and(|modified| age(modified) < oldest) {
+        let name = entry.file_name();
+        let came_ms = name.to_str().and_then(|name| name.split('-').next());
+        let came_ms = came_ms.and_then(|digits| digits.parse().ok());
+        if ages.is_gone_by(came_ms.unwrap_or(0)) {
             // One that cannot be removed is tried again in the next round.
             drop(std::fs::remove_file(entry.path()));
         }
@@ -159,11 +158,9 @@ mod tests {
     }
 
     fn ages(since_ms: i64) -> Ages {
-        Ages {
-            oldest_ms: NOW_MS - 7 * DAY_MS,
-            now_ms: NOW_MS,
-            since_ms,
-        }
+        let mut ages = Ages::before(NOW_MS - 7 * DAY_MS);
+        (ages.now_ms, ages.since_ms) = (NOW_MS, since_ms);
+        ages
     }
 
     fn retention() -> Retention {
@@ -264,13 +261,16 @@ mod tests {
     #[test]
     fn old_files_of_the_quarantine_go() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, modified_ms) in [("old", NOW_MS - 8 * DAY_MS), ("new", NOW_MS)] {
-            let file = std::fs::File::create(folder.path().join(name)).unwrap();
-            let modified = UNIX_EPOCH + Duration::from_millis(modified_ms.cast_unsigned());
-            file.set_modified(modified).unwrap();
+        let path = |came_ms: i64| folder.path().join(format!("{came_ms}-0.file"));
+        let (old_ms, new_ms) = (NOW_MS - 8 * DAY_MS, NOW_MS - 6 * DAY_MS);
+        // As their senders last wrote to them: before the other came, and ahead of time.
+        for (came_ms, modified_ms) in [(old_ms, NOW_MS + 800 * DAY_MS), (new_ms, 0)] {
+            let file = std::fs::File::create(path(came_ms)).unwrap();
+            let modified = Duration::from_millis(modified_ms.cast_unsigned());
+            file.set_modified(std::time::UNIX_EPOCH + modified).unwrap();
         }
-        remove_old_files(folder.path(), NOW_MS - 7 * DAY_MS);
-        assert!(!folder.path().join("old").exists());
-        assert!(folder.path().join("new").exists());
+        remove_old_files(folder.path(), ages(NOW_MS));
+        assert!(!path(old_ms).exists());
+        assert!(path(new_ms).exists());
     }
 }

@@ -143,7 +143,7 @@ async fn forget(node: &Arc<NodeState>) {
     let before_sequence = last_before_kept(&node.spool);
     let store = Arc::clone(&node.store);
     let forgotten = tokio::task::spawn_blocking(move || {
-        if let Err(error) = store.forget_aside(ages.oldest_ms) {
+        if let Err(error) = store.forget_aside(ages) {
             tracing::error!(%error, "the broken results database cannot be deleted");
         }
         store.forget(ages, before_sequence)

@@ -149,7 +149,7 @@ fn status(node: &NodeState) -> Status {
         peers: peers(&config, &node.intake.visitors),
         certificate_expires_s: certificate_expires_s(node),
         temperature_celsius: board::temperature_celsius(),
-        is_clock_trusted: board::is_clock_plausible(unix_ms()),
+        is_clock_trusted: node.intake.clock.is_plausible(unix_ms()),
         uptime_s: node.started.elapsed().as_secs(),
         ..Status::default()
     };

@@ -18,6 +18,7 @@ use super::{
     AGAIN, ELEMENTS, META, META_POSITIVE, META_REBUILD_UNTIL, META_SCHEMA, META_STUDIES, SCHEMA,
     SLICES, STATEMENTS, STUDIES, SliceRow, Statement, Store, StoreError, UNASSIGNED, json, parse,
 };
+use crate::intake::clock::Ages;
 use crate::result::StudyResult;
 use crate::wire::Reason;
 
@@ -95,19 +96,20 @@ impl Store {
         drop(fs::write(beside(&self.path, "suspect"), b""));
     }
 
-    /// Deletes what was set aside before that time, Unix time in ms.
+    /// Deletes what was set aside, when it was last written to too long ago.
     ///
     /// # Errors
     /// The medium fails.
-    pub(crate) fn forget_aside(&self, before_ms: i64) -> std::io::Result<()> {
+    pub(crate) fn forget_aside(&self, ages: Ages) -> std::io::Result<()> {
         let Ok(metadata) = fs::metadata(self.aside()) else {
             return Ok(());
         };
         let modified = jiff::Timestamp::try_from(metadata.modified()?);
-        match modified {
-            Ok(modified) if modified.as_millisecond() >= before_ms => Ok(()),
-            _ => fs::remove_file(self.aside()),
+        let modified_ms = modified.map_or(0, jiff::Timestamp::as_millisecond);
+        if ages.is_gone_by(modified_ms) {
+            fs::remove_file(self.aside())?;
         }
+        Ok(())
     }
 }
 

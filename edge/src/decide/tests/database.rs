@@ -182,11 +182,16 @@ fn what_was_set_aside_goes_by_age() {
     std::fs::write(database(&bench), b"broken").unwrap();
     let store = bench.store();
     let now_ms = crate::decide::now_ms();
-    store.forget_aside(now_ms - 60_000).unwrap();
+    store.forget_aside(Ages::before(now_ms - 60_000)).unwrap();
     assert!(store.aside().exists());
-    store.forget_aside(now_ms + 60_000).unwrap();
+    // Stamped ahead, it counts from when the clock was right.
+    store
+        .forget_aside(Ages::before(now_ms - 9 * 86_400_000))
+        .unwrap();
+    assert!(store.aside().exists());
+    store.forget_aside(Ages::before(now_ms + 60_000)).unwrap();
     assert!(!store.aside().exists());
-    store.forget_aside(now_ms + 60_000).unwrap();
+    store.forget_aside(Ages::before(now_ms + 60_000)).unwrap();
 }
 
 #[test]
