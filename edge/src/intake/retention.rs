@@ -54,14 +54,18 @@ pub(crate) async fn run(intake: Arc<Intake>, mut stopping: watch::Receiver<bool>
 
 /// Deletes a few objects at a time: whoever stores meanwhile waits for a few, not for all.
 async fn purge(spool: &Spool, sequences: Vec<u64>, reason: &'static str) {
+    let mut failed = None;
     for few in sequences.chunks(PURGED_AT_ONCE) {
         match spool.purge(few.to_vec()).await {
             Ok(()) => {}
             Err(SpoolError::Closed) => return,
-            Err(error) => return tracing::error!(%error, "objects not purged"),
+            // What cannot be deleted keeps nothing else from it.
+            Err(error) => failed = failed.or(Some(error)),
         }
     }
-    if !sequences.is_empty() {
+    if let Some(error) = failed {
+        tracing::error!(%error, "not all objects could be purged");
+    } else if !sequences.is_empty() {
         tracing::info!(n_objects = sequences.len(), reason, "objects purged");
     }
 }

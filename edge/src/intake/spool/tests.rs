@@ -306,6 +306,36 @@ fn full_spool_refuses_and_takes_again_after_a_purge() {
 }
 
 #[test]
+fn what_cannot_be_deleted_stays_known_and_the_rest_of_the_batch_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = open(folder.path());
+    put(&spool, "1.1", &bytes(1, 5 << 20));
+    let (broken, aside) = (
+        only_file(folder.path(), "object"),
+        folder.path().join("aside"),
+    );
+    put(&spool, "1.2", &bytes(2, 5 << 20));
+    // A folder cannot be opened for writing, by root neither.
+    std::fs::rename(&broken, &aside).unwrap();
+    std::fs::create_dir(&broken).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let before = spool.counts().used_bytes;
+    assert!(matches!(
+        runtime.block_on(spool.purge(vec![1, 2])),
+        Err(SpoolError::Io(_))
+    ));
+    assert_eq!(sequences(&spool), [1]);
+    assert_eq!(spool.counts().used_bytes, before / 2);
+    assert_eq!(only_file(folder.path(), "object"), broken);
+    std::fs::remove_dir(&broken).unwrap();
+    std::fs::rename(&aside, &broken).unwrap();
+    runtime.block_on(spool.purge(vec![1])).unwrap();
+    assert_eq!((sequences(&spool), broken.exists()), (Vec::new(), false));
+}
+
+#[test]
 fn deleting_takes_no_room() {
     use std::os::unix::fs::MetadataExt;
     let folder = tempfile::tempdir().unwrap();

@@ -426,12 +426,18 @@ impl Writer<'_> {
         // By where the name lies in memory, which all objects of a file share: names themselves are slow to compare.
         let file_of = |place: &Place| Arc::as_ptr(&place.path).cast::<u8>();
         let mut touched: BTreeMap<*const u8, Arc<Path>> = BTreeMap::new();
+        let mut done = Ok(());
         for sequence in sequences {
-            let place = lock(&self.shared.index).remove(sequence);
+            let place = lock(&self.shared.index).get(sequence).cloned();
             let Some(place) = place else { continue };
+            // What cannot be deleted stays in the index and is tried again; the others go all the same.
+            if let Err(error) = erase(&place) {
+                done = done.and(Err(error));
+                continue;
+            }
+            lock(&self.shared.index).remove(sequence);
             let bytes = record_bytes(place.object_bytes);
             self.shared.used_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            Segment::open(Arc::clone(&place.path))?.punch(place.offset, place.object_bytes)?;
             touched.insert(file_of(&place), place.path);
         }
         for place in lock(&self.shared.index).values() {
@@ -439,7 +445,7 @@ impl Writer<'_> {
         }
         let emptied: Vec<Arc<Path>> = touched.into_values().collect();
         if emptied.is_empty() {
-            return Ok(());
+            return Ok(done?);
         }
         // The number of the newest segment is what sequences go on from, so a new one comes before an old one goes.
         self.rotate(0)?;
@@ -447,7 +453,16 @@ impl Writer<'_> {
         for path in emptied {
             remove(&path);
         }
-        Ok(())
+        Ok(done?)
+    }
+}
+
+/// Gives an object's space back. One whose file is gone is deleted already.
+fn erase(place: &Place) -> io::Result<()> {
+    match Segment::open(Arc::clone(&place.path)) {
+        Ok(segment) => segment.punch(place.offset, place.object_bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
