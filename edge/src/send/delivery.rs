@@ -47,6 +47,8 @@ pub(crate) enum Verdict {
     Refused(String),
     /// It does not answer.
     Down(String),
+    /// It was not asked: the letter was given up or deleted meanwhile.
+    Gone,
 }
 
 /// All receivers, as configured.
@@ -364,10 +366,10 @@ impl Delivery {
         letter.document = made.document;
         letter.is_frozen = true;
         let (kept, bytes) = (letter.clone(), made.bytes);
-        let bytes = self
-            .on_disk(move |outbox| outbox.freeze(sequence, &kept, &bytes).map(|()| bytes))
+        let kept = self
+            .on_disk(move |outbox| Ok(outbox.freeze(sequence, &kept, &bytes)?.then_some(bytes)))
             .await?;
-        Ok(Ok(bytes))
+        Ok(kept.ok_or(Verdict::Gone))
     }
 
     /// Makes a letter where blocking is allowed: a capture waits for a worker and for the network.
@@ -409,6 +411,8 @@ impl Delivery {
             Verdict::Accepted(_) => End::Delivered,
             Verdict::Refused(_) => End::Dead,
             Verdict::Later(_) | Verdict::Down(_) => End::Retried,
+            // Who took it away has said so.
+            Verdict::Gone => return Ok(()),
         };
         (self.observe)(&letter, end);
         match verdict {
@@ -437,6 +441,7 @@ impl Delivery {
                 back_off.receiver_failed(&ways.patience);
                 Ok(())
             }
+            Verdict::Gone => Ok(()),
         }
     }
 

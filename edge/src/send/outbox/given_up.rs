@@ -200,3 +200,66 @@ fn erase(
     transaction.open_table(KEYS)?.remove(key.as_str())?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use redb::Database;
+    use redb::backends::InMemoryBackend;
+
+    use super::super::{Channel, Channels, Counts, enqueue};
+    use super::*;
+    use crate::send::sample;
+
+    const NOW_MS: i64 = 1_790_000_000_000;
+
+    /// A letter under way: taken by the sender, and `moved` before it is frozen or buried.
+    #[track_caller]
+    fn check(moved: impl FnOnce(&Outbox), expected: Counts) {
+        let backend = InMemoryBackend::new();
+        let database = Arc::new(Database::builder().create_with_backend(backend).unwrap());
+        let outbox = Outbox::open(Arc::clone(&database)).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let channels = Channels {
+            open: vec![Channel::StructuredReport],
+            allow_demo_results: true,
+        };
+        enqueue(&transaction, &sample::positive(), &channels).unwrap();
+        transaction.commit().unwrap();
+        let mut waiting = outbox.waiting(&Channel::ALL).unwrap();
+        let (sequence, letter) = waiting.pop().unwrap();
+        moved(&outbox);
+        assert!(!outbox.freeze(sequence, &letter, b"patient").unwrap());
+        let reason = "refused".to_owned();
+        outbox.bury(sequence, letter, reason, NOW_MS).unwrap();
+        assert_eq!(outbox.counts().unwrap(), expected);
+        assert_eq!(outbox.frozen(sequence).unwrap(), None);
+    }
+
+    #[test]
+    fn a_letter_that_was_given_up_under_way_does_not_wait_again() {
+        let bounds = Bounds {
+            waiting: 0,
+            dead: 9,
+        };
+        let give_up = |outbox: &Outbox| {
+            outbox.trim(bounds, NOW_MS).unwrap();
+        };
+        check(
+            give_up,
+            Counts {
+                waiting: 0,
+                dead: 1,
+            },
+        );
+    }
+
+    #[test]
+    fn a_letter_that_was_deleted_under_way_leaves_nothing_behind() {
+        let delete = |outbox: &Outbox| {
+            outbox.forget(Ages::before(i64::MAX - 1000)).unwrap();
+        };
+        check(delete, Counts::default());
+    }
+}

@@ -289,6 +289,10 @@ pub(crate) fn remove(
     Ok(())
 }
 
+fn is_waiting(transaction: &WriteTransaction, sequence: u64) -> Result<bool, OutboxError> {
+    Ok(transaction.open_table(WAITING)?.get(sequence)?.is_some())
+}
+
 impl Outbox {
     /// The outbox in a database.
     ///
@@ -379,6 +383,7 @@ impl Outbox {
     }
 
     /// Keeps a letter's bytes: from here on every attempt sends these. A fallback class replaces them after the first was refused.
+    /// Whether the letter waits still: one that was given up or deleted while it was made is left as it is.
     ///
     /// # Errors
     /// The medium fails.
@@ -387,12 +392,15 @@ impl Outbox {
         sequence: u64,
         letter: &Letter,
         bytes: &[u8],
-    ) -> Result<(), OutboxError> {
+    ) -> Result<bool, OutboxError> {
         let transaction = self.database.begin_write()?;
-        put(&transaction, WAITING, sequence, letter)?;
-        transaction.open_table(FROZEN)?.insert(sequence, bytes)?;
+        let is_waiting = is_waiting(&transaction, sequence)?;
+        if is_waiting {
+            put(&transaction, WAITING, sequence, letter)?;
+            transaction.open_table(FROZEN)?.insert(sequence, bytes)?;
+        }
         transaction.commit()?;
-        Ok(())
+        Ok(is_waiting)
     }
 
     /// The receiver has it, and where `is_wanted` shall be asked to commit to it.
@@ -427,7 +435,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// A dead letter: kept with its bytes and its reason until it is too old, or sent again by [`Self::revive`].
+    /// A dead letter: kept with its bytes and its reason until it is too old, or sent again by [`Self::revive`]. One that does not wait any
+    /// more was given up or deleted while it was under way, and is left as it is.
     ///
     /// # Errors
     /// The medium fails.
@@ -441,8 +450,10 @@ impl Outbox {
         letter.ended_ms = Some(now_ms);
         letter.remark = Some(reason);
         let transaction = self.database.begin_write()?;
-        remove(&transaction, WAITING, sequence)?;
-        put(&transaction, DEAD, sequence, &letter)?;
+        if is_waiting(&transaction, sequence)? {
+            remove(&transaction, WAITING, sequence)?;
+            put(&transaction, DEAD, sequence, &letter)?;
+        }
         transaction.commit()?;
         Ok(())
     }
