@@ -34,7 +34,7 @@ const MAX_ASKED: usize = 64;
 const RESPONSE: u16 = 0x8000;
 /// Command Data Set Type that says: no data set.
 const NO_DATA_SET: u16 = 0x0101;
-/// How long a peer may take to answer a release or an abort, and then a connection to close.
+/// How long a release or an abort may take, the closing of the connection with it.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What an association runs over.
@@ -285,12 +285,12 @@ impl Association {
 
     /// Releases. A peer that does not answer is soon left: everything was answered before, and what is to be said next waits for this.
     pub(crate) async fn release(mut self) {
-        let exchange = async {
-            write(&mut self.stream, &Pdu::ReleaseRQ).await?;
-            read(&mut self.stream).await
+        let closing = async {
+            drop(write(&mut self.stream, &Pdu::ReleaseRQ).await);
+            drop(read(&mut self.stream).await);
+            self.stream.shutdown().await
         };
-        drop(within(CLOSE_DEADLINE, exchange).await);
-        drop(timeout(CLOSE_DEADLINE, self.stream.shutdown()).await);
+        drop(timeout(CLOSE_DEADLINE, closing).await);
     }
 
     /// Aborts.
@@ -298,8 +298,11 @@ impl Association {
         let pdu = Pdu::AbortRQ {
             source: AbortRQSource::ServiceUser,
         };
-        drop(within(CLOSE_DEADLINE, write(&mut self.stream, &pdu)).await);
-        drop(timeout(CLOSE_DEADLINE, self.stream.shutdown()).await);
+        let closing = async {
+            drop(write(&mut self.stream, &pdu).await);
+            self.stream.shutdown().await
+        };
+        drop(timeout(CLOSE_DEADLINE, closing).await);
     }
 
     async fn send(
