@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::audit::{Audit, Event, MAX_FILE_BYTES};
 use super::metrics::{Decided, DecidedOutcome};
+use super::model_store::ModelStore;
 use crate::config::Config;
 use crate::decide::Changed;
 use crate::decide::store::Origin;
@@ -98,7 +99,7 @@ pub(crate) async fn stopped(node: &Arc<NodeState>, watching: JoinHandle<()>) {
     watching.abort();
     // Aborted is what it should be.
     drop(watching.await);
-    confirm(node).await;
+    confirm(&node.models, digest_of(node)).await;
     note(node, &Event::Stopped);
 }
 
@@ -126,8 +127,7 @@ async fn follow(node: &Arc<NodeState>, mut changes: Receiver<Changed>) {
                 let has_served = node.counters.counts().n_analysed >= SERVED_SLICES
                     || node.started.elapsed() >= SERVED_TIME;
                 if !is_confirmed && has_served {
-                    confirm(node).await;
-                    is_confirmed = true;
+                    is_confirmed = confirm(&node.models, digest_of(node)).await;
                 }
             }
         }
@@ -179,14 +179,19 @@ fn last_before_kept(spool: &Spool) -> u64 {
     first_kept.map_or(latest, |first| first.saturating_sub(1))
 }
 
-async fn confirm(node: &Arc<NodeState>) {
-    let models = node.models.clone();
-    let digest = node.model.borrow().digest.clone();
+fn digest_of(node: &NodeState) -> String {
+    node.model.borrow().digest.clone()
+}
+
+/// Takes the model off trial. Whether that is written; where it is not, it is to be tried again.
+async fn confirm(models: &ModelStore, digest: String) -> bool {
+    let models = models.clone();
     match tokio::task::spawn_blocking(move || models.confirm(&digest)).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(())) => return true,
         Ok(Err(error)) => tracing::error!(%error, "the model cannot be confirmed"),
         Err(error) => tracing::error!(%error, "the model cannot be confirmed"),
     }
+    false
 }
 
 /// Records a revision once.
@@ -293,6 +298,15 @@ mod tests {
                 assert!(!line.contains(&value), "{value} in {line}");
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_model_that_cannot_be_confirmed_is_not_taken_as_confirmed() {
+        let folder = tempfile::tempdir().unwrap();
+        let models = ModelStore::new(folder.path());
+        assert!(confirm(&models, String::new()).await);
+        std::fs::write(folder.path().join("models"), "no folder").unwrap();
+        assert!(!confirm(&models, String::new()).await);
     }
 
     #[test]
