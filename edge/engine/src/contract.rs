@@ -21,14 +21,18 @@ const OUTPUTS: [&str; 2] = ["logit", "probability"];
 pub(crate) fn fault(proto: &ModelProto) -> Option<String> {
     let graph = proto.graph.as_ref()?;
     let is_standard = |domain: &str| matches!(domain, "" | "ai.onnx");
-    let sets = proto.opset_import.iter();
-    let sets: Vec<String> = sets
-        .filter(|set| !is_standard(&set.domain) || set.version != OPSET)
-        .map(|set| format!("operator set {:?} {}", set.domain, set.version))
-        .collect();
-    if let Some(set) = sets.first() {
+    let sets = proto.opset_import.as_slice();
+    if !matches!(sets, [set] if is_standard(&set.domain) && set.version == OPSET) {
+        let sets = sets.iter();
+        let sets = sets.map(|set| format!("operator set {:?} {}", set.domain, set.version));
+        let sets: Vec<String> = sets.collect();
         return Some(format!(
-            "{set}, expected is {OPSET} of the standard domain alone"
+            "{}, expected is {OPSET} of the standard domain alone",
+            if sets.is_empty() {
+                "no operator set".to_owned()
+            } else {
+                sets.join(", ")
+            }
         ));
     }
     if let Some(node) = graph.node.iter().find(|node| !is_standard(&node.domain)) {
@@ -168,6 +172,10 @@ mod tests {
     fn whatever_is_otherwise_is_named() {
         check("operator set \"\" 14", |file, _| {
             file.opset_import[0].version = 14
+        });
+        check("no operator set", |file, _| file.opset_import.clear());
+        check("operator set \"\" 13, operator set \"\" 13", |file, _| {
+            file.opset_import.push(file.opset_import[0].clone());
         });
         check("operator set \"com.microsoft\"", |file, _| {
             file.opset_import[0].domain = "com.microsoft".to_owned();

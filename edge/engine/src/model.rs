@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use prost::Message as _;
 use shared::manifest::{METADATA_KEY, Manifest, ManifestError};
-use tract_onnx::pb::ModelProto;
 use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{AttributeProto, ModelProto, TensorProto};
 
 use crate::chain::recognise;
 use crate::contract;
@@ -259,20 +259,36 @@ impl Model {
     }
 }
 
+/// Constants stand among the initializers or, each by itself, in a node (ONNX Constant-13).
 fn check_finite(proto: &ModelProto) -> Result<(), LoadError> {
-    let constants = proto.graph.iter().flat_map(|graph| &graph.initializer);
-    for tensor in constants.filter(|tensor| tensor.data_type == DataType::Float as i32) {
-        let raw = tensor.raw_data.as_chunks().0.iter();
-        let mut values = raw.map(|&bytes| f32::from_le_bytes(bytes));
-        let is_finite =
-            values.all(f32::is_finite) && tensor.float_data.iter().all(|value| value.is_finite());
-        if !is_finite {
-            return Err(LoadError::NotFinite {
-                tensor: tensor.name.clone(),
-            });
-        }
+    let Some(graph) = &proto.graph else {
+        return Ok(());
+    };
+    let mut initializers = graph.initializer.iter();
+    let bad = initializers.find(|tensor| !is_finite(tensor));
+    let bad = bad.map(|tensor| &tensor.name);
+    let is_sound = |value: &AttributeProto| {
+        value.f.is_finite()
+            && value.floats.iter().all(|value| value.is_finite())
+            && value.t.as_ref().is_none_or(is_finite)
+    };
+    let mut nodes = graph.node.iter();
+    let bad_node =
+        nodes.find(|node| node.op_type == "Constant" && !node.attribute.iter().all(is_sound));
+    match bad.or(bad_node.map(|node| &node.name)) {
+        Some(name) => Err(LoadError::NotFinite {
+            tensor: name.clone(),
+        }),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether a tensor, where it is of f32, holds finite values only.
+fn is_finite(tensor: &TensorProto) -> bool {
+    let mut raw = tensor.raw_data.as_chunks().0.iter();
+    tensor.data_type != DataType::Float as i32
+        || raw.all(|&bytes| f32::from_le_bytes(bytes).is_finite())
+            && tensor.float_data.iter().all(|value| value.is_finite())
 }
 
 fn program(

@@ -11,6 +11,9 @@ mod model_file;
 
 use engine::{Kernel, LoadError, Model, Options, RunError};
 use model_file::{Network, Random};
+use prost::Message as _;
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{AttributeProto, ModelProto, NodeProto, TensorProto};
 
 const IMAGE: [usize; 3] = [3, 22, 22];
 
@@ -50,6 +53,41 @@ fn a_weight_or_scale_that_is_not_finite_is_refused() {
                 Err(LoadError::NotFinite { .. })
             ));
         }
+    }
+}
+
+#[test]
+fn a_constant_that_is_a_node_and_not_finite_is_refused() {
+    let tensor = TensorProto {
+        data_type: DataType::Float as i32,
+        raw_data: f32::NAN.to_le_bytes().to_vec(),
+        ..TensorProto::default()
+    };
+    let values = [
+        AttributeProto {
+            t: Some(tensor),
+            ..AttributeProto::default()
+        },
+        AttributeProto {
+            f: f32::INFINITY,
+            ..AttributeProto::default()
+        },
+        AttributeProto {
+            floats: vec![0.0, f32::NAN],
+            ..AttributeProto::default()
+        },
+    ];
+    for value in values {
+        let constant = NodeProto {
+            name: "bad".to_owned(),
+            op_type: "Constant".to_owned(),
+            attribute: vec![value],
+            ..NodeProto::default()
+        };
+        let mut proto = ModelProto::decode(network().float_file().as_slice()).unwrap();
+        proto.graph.as_mut().unwrap().node.push(constant);
+        let refused = Model::load(&proto.encode_to_vec(), &Options::default());
+        assert!(matches!(refused, Err(LoadError::NotFinite { tensor }) if tensor == "bad"));
     }
 }
 
