@@ -50,6 +50,8 @@ pub(crate) struct Intake {
     pub(crate) visitors: Arc<Visitors>,
     /// By which things are too old.
     pub(crate) clock: clock::Clock,
+    /// When it was last said that there is no room.
+    refusal_said: store::Said,
 }
 
 impl Intake {
@@ -70,6 +72,7 @@ impl Intake {
             commitments,
             visitors: Arc::default(),
             clock,
+            refusal_said: store::Said::default(),
         }
     }
 }

@@ -4,6 +4,9 @@
 //! data set are compared with the command; everything else about it is found out later, in the worker process. A store that is refused
 //! still takes its data set off the wire.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use shared::uid::Uid;
 
 use super::admit::Context;
@@ -19,6 +22,25 @@ const SOP_INSTANCE: u32 = 0x0008_0018;
 const DEFLATED: &str = "1.2.840.10008.1.2.1.99";
 const EXPLICIT_BIG: &str = "1.2.840.10008.1.2.2";
 const IMPLICIT_LITTLE: &str = "1.2.840.10008.1.2";
+
+/// How often the log says that objects are refused for want of room.
+const SAY_EVERY: Duration = Duration::from_secs(60);
+
+/// When the log last said that objects are refused.
+#[derive(Debug, Default)]
+pub(super) struct Said(Mutex<Option<Instant>>);
+
+impl Said {
+    /// Whether it is to be said now; if so it counts as said.
+    fn is_due(&self, now: Instant) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= SAY_EVERY);
+        if is_due {
+            *last = Some(now);
+        }
+        is_due
+    }
+}
 
 /// A store whose data set is coming.
 #[derive(Debug)]
@@ -102,6 +124,9 @@ impl Store {
             Ok(_) => intake.counters.stored.add(),
             Err(refusal) if refusal.status == Status::OutOfResources => {
                 intake.counters.refused_room.add();
+                if intake.refusal_said.is_due(Instant::now()) {
+                    tracing::warn!(why = refusal.comment, "objects are refused");
+                }
             }
             Err(_) => intake.counters.refused_object.add(),
         }
@@ -119,9 +144,11 @@ fn refuse(error: &SpoolError) -> Refusal {
         SpoolError::Quota { .. } | SpoolError::DiskFull { .. } | SpoolError::TooMany => {
             Refusal::new(Status::OutOfResources, "no room for more objects")
         }
-        SpoolError::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
-            Refusal::new(Status::OutOfResources, "no room for more objects")
-        }
+        // The watermark counts neither inodes nor what was written since it was looked at.
+        SpoolError::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => Refusal::new(
+            Status::OutOfResources,
+            "the disk has no more blocks or inodes",
+        ),
         _ => {
             tracing::error!(%error, "object not stored");
             Refusal::new(Status::OutOfResources, "the medium failed")
@@ -294,6 +321,17 @@ mod tests {
         };
         let checked = check_data_set(head, "1.2.840.10008.1.2.1", &request);
         assert_eq!(checked.err().map(|refusal| refusal.status), wanted);
+    }
+
+    #[test]
+    fn a_full_disk_is_named_and_said_once_a_minute() {
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let refusal = refuse(&SpoolError::Io(full));
+        assert_eq!(refusal.status, Status::OutOfResources);
+        assert!(refusal.comment.contains("inodes"));
+        let (said, start) = (Said::default(), Instant::now());
+        let due = [0, 1, 59, 60, 61, 120].map(|s| said.is_due(start + Duration::from_secs(s)));
+        assert_eq!(due, [true, false, false, true, false, true]);
     }
 
     #[test]
