@@ -126,16 +126,20 @@ pub(crate) fn config(command: &ConfigCommand, out: &mut impl Write) -> Result<Ex
 
 /// What is wrong with the files that a configuration names, as far as it can be seen without starting: all of them at once.
 fn faults_of_files(config: &Config) -> Vec<anyhow::Error> {
-    let tls = load_tls(config).err().map(|failure| failure.error);
+    let tls = config.tls.iter().flat_map(tls::faults);
+    let tls = tls.map(|fault| anyhow!(fault).context("[tls]"));
     let token = page::node::settings(config).map(drop).context(TOKEN_FILE);
     let model = config.model.as_ref().map_or(Ok(()), |path| {
         let opened = std::fs::File::open(path).map(drop);
         opened.with_context(|| format!("model {}", path.display()))
     });
+    let watched = config.watch_folder.as_ref().map_or(Ok(()), |path| {
+        let listed = std::fs::read_dir(path).map(drop);
+        listed.with_context(|| format!("watch_folder {}", path.display()))
+    });
     let secrets = send::node::faults_of_secrets(config);
-    let others = [token.err(), model.err()];
-    tls.into_iter()
-        .chain(others.into_iter().flatten())
+    let others = [token.err(), model.err(), watched.err()];
+    tls.chain(others.into_iter().flatten())
         .chain(secrets)
         .collect()
 }

@@ -157,10 +157,10 @@ fn check_names_every_file_that_cannot_be_used() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("empty"), " \n").unwrap();
     let config = folder.path().join("edge.toml");
-    let text = "model = \"absent.onnx\"\n[page]\ntoken_file = \"empty\"\n\
+    let text = "model = \"absent.onnx\"\nwatch_folder = \"absent\"\n[page]\ntoken_file = \"empty\"\n\
         [webhook]\nurl = \"https://hooks.example.org\"\nsecret_file = \"absent\"\n\
         [stow]\nurl = \"https://pacs.example.org\"\ntoken_file = \"empty\"\n\
-        [tls]\ncertificate = \"absent\"\nkey = \"absent\"\nclient_ca = \"absent\"\n";
+        [tls]\ncertificate = \"node.crt\"\nkey = \"node.key\"\nclient_ca = \"ca.crt\"\n";
     std::fs::write(&config, text).unwrap();
     let checked = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
         .args(["check", "--config"])
@@ -170,8 +170,11 @@ fn check_names_every_file_that_cannot_be_used() {
     let said = String::from_utf8_lossy(&checked.stderr);
     assert_eq!(checked.status.code(), Some(78), "{said}");
     for part in [
-        "5 fault(s)",
-        "[tls]",
+        "8 fault(s)",
+        "node.crt",
+        "node.key",
+        "ca.crt",
+        "watch_folder ",
         "model ",
         "[page] token_file: the file is empty",
         "[webhook] secret_file",

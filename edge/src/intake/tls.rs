@@ -102,6 +102,22 @@ pub(crate) fn load(settings: &Tls) -> Result<Identity, TlsError> {
     })
 }
 
+/// Each file that cannot be used; where all can, what [`load`] says.
+pub(crate) fn faults(settings: &Tls) -> Vec<TlsError> {
+    let key = PrivateKeyDer::from_pem_file(&settings.key).map_err(pem(&settings.key));
+    let read = [
+        certificates(&settings.certificate).err(),
+        key.err(),
+        certificates(&settings.client_ca).err(),
+    ];
+    let unread: Vec<TlsError> = read.into_iter().flatten().collect();
+    if unread.is_empty() {
+        load(settings).err().into_iter().collect()
+    } else {
+        unread
+    }
+}
+
 /// Takes a server that has the private key of one certificate, whatever name it was reached under.
 #[derive(Debug)]
 struct OwnCertificate {
