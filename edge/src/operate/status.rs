@@ -68,6 +68,8 @@ pub(crate) struct Status {
     pub(crate) temperature_celsius: Option<f32>,
     /// Whether the clock is plausible.
     pub(crate) is_clock_trusted: bool,
+    /// Whether what is too old is deleted: not within an hour of a start or of a jump of the clock.
+    pub(crate) is_deleting_by_age: bool,
     /// When the TLS certificate expires, Unix time.
     pub(crate) certificate_expires_s: Option<i64>,
     /// Seconds since the start.

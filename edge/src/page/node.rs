@@ -150,6 +150,7 @@ fn status(node: &NodeState) -> Status {
         certificate_expires_s: certificate_expires_s(node),
         temperature_celsius: board::temperature_celsius(),
         is_clock_trusted: node.intake.clock.is_plausible(unix_ms()),
+        is_deleting_by_age: node.intake.clock.ages(&config.retention).is_some(),
         uptime_s: node.started.elapsed().as_secs(),
         ..Status::default()
     };

@@ -37,7 +37,7 @@ pub(crate) fn page(status: &Status) -> Markup {
             }))
             (card("Machine", &html! {
                 dt { "Temperature" } dd { @match status.temperature_celsius { Some(celsius) => (format!("{celsius:.0} °C")), None => "not measured" } }
-                dt { "Clock" } dd.(good(status.is_clock_trusted)) { (if status.is_clock_trusted { "plausible" } else { "not set: nothing is deleted by age" }) }
+                dt { "Clock" } dd.(good(status.is_clock_trusted)) { (clock(status)) }
                 dt { "Up" } dd { (duration(status.uptime_s)) }
                 dt { "Version" } dd { (status.version) }
                 @if let Some(seconds) = status.certificate_expires_s { dt { "Certificate until" } dd { (moment(seconds.saturating_mul(1000))) } }
@@ -64,6 +64,16 @@ pub(crate) fn page(status: &Status) -> Markup {
                 }
             }
         }
+    }
+}
+
+fn clock(status: &Status) -> &'static str {
+    match (status.is_clock_trusted, status.is_deleting_by_age) {
+        (false, _) => "not set: nothing is deleted by age",
+        (true, false) => {
+            "plausible; nothing is deleted by age within an hour of a start or of a jump"
+        }
+        (true, true) => "plausible",
     }
 }
 
@@ -149,6 +159,21 @@ mod tests {
         assert!(html.contains("<dd class=\"bad\">logit bits differ</dd>"));
         assert!(html.contains("nearly full"));
         assert!(!html.contains("Given up</h2>"));
+    }
+
+    #[test]
+    fn a_clock_by_which_nothing_is_deleted_yet_says_so() {
+        let said = |is_clock_trusted, is_deleting_by_age| {
+            page(&Status {
+                is_clock_trusted,
+                is_deleting_by_age,
+                ..Status::default()
+            })
+            .into_string()
+        };
+        assert!(said(true, true).contains("<dd class=\"good\">plausible</dd>"));
+        assert!(said(true, false).contains("plausible; nothing is deleted by age"));
+        assert!(said(false, false).contains("not set: nothing is deleted by age"));
     }
 
     #[test]
