@@ -14,6 +14,7 @@ use anyhow::{Context as _, anyhow};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
 
 use crate::cli::{ConfigCommand, ServeArgs};
 use crate::config::{self, Config, ConfigError};
@@ -153,11 +154,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let spool = open_spool(&config)?;
     let store = decide::node::open_store(&config, &spool)?;
     let outbox = send::node::open_outbox(&store)?;
-    let address = SocketAddr::new(config.dicom_bind, config.dicom_port);
-    let listener = Listener::bind(address)
-        .with_context(|| format!("DICOM port {address}"))
-        .map_err(failure(Exit::Unavailable))?;
-    let dicom_address = listener.address().map_err(failure(Exit::Unavailable))?;
+    let (listener, dicom_address) = dicom_listener(&config)?;
     let audit = Arc::new(operate::watch::open_audit(&config)?);
     let models = ModelStore::new(&config.state_dir);
     let (page_listener, page_settings) = page_listener(&config).await?;
@@ -193,13 +190,7 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     });
     let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
     start_retention_and_folder(&node);
-    let page_settings = page::node::follow_settings(&node, page_settings);
-    let router = page::routes::router(page::node::sources(&node), page_settings);
-    tokio::spawn(page::server::run(
-        page_listener,
-        router,
-        node.stopping.clone(),
-    ));
+    start_page(&node, page_listener, page_settings);
     tokio::spawn(operate::systemd::feed(
         node.stopping.clone(),
         work_of(&node),
@@ -220,19 +211,26 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     operate::systemd::stopping();
     tracing::info!("stopping");
     stop.send_replace(true);
-    listening
-        .await
-        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
-    tokio::task::spawn_blocking(move || deciding.stop())
-        .await
-        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
-    sending
-        .await
-        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))?;
+    ended(listening).await?;
+    ended(tokio::task::spawn_blocking(move || deciding.stop())).await?;
+    ended(sending).await?;
     operate::watch::stopped(&node, watching).await;
     let counts = node.spool.counts();
     tracing::info!(objects = counts.objects, "stopped");
     Ok(Exit::Ok)
+}
+
+/// Waits for a part to end by itself.
+async fn ended<T>(part: JoinHandle<T>) -> Result<T, Failure> {
+    part.await
+        .map_err(|error| failure(Exit::Unavailable)(anyhow!(error)))
+}
+
+/// Starts the page.
+fn start_page(node: &Arc<NodeState>, listener: TcpListener, settings: page::Settings) {
+    let settings = page::node::follow_settings(node, settings);
+    let router = page::routes::router(page::node::sources(node), settings);
+    tokio::spawn(page::server::run(listener, router, node.stopping.clone()));
 }
 
 /// Starts what deletes, and what takes files.
@@ -251,6 +249,16 @@ fn load_tls(config: &Config) -> Result<Option<tls::Identity>, Failure> {
     identity
         .context("[tls]")
         .map_err(failure(Exit::Configuration))
+}
+
+/// Binds the DICOM port. Out: with the address that it has.
+fn dicom_listener(config: &Config) -> Result<(Listener, SocketAddr), Failure> {
+    let address = SocketAddr::new(config.dicom_bind, config.dicom_port);
+    let listener = Listener::bind(address)
+        .with_context(|| format!("DICOM port {address}"))
+        .map_err(failure(Exit::Unavailable))?;
+    let address = listener.address().map_err(failure(Exit::Unavailable))?;
+    Ok((listener, address))
 }
 
 /// Binds the page's address, before anything is told to be ready.

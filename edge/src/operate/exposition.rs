@@ -107,7 +107,16 @@ fn register_counts(registry: &mut Registry, counts: &Counts) {
             ("quarantined", counts.files_quarantined),
         ],
     );
-    for (name, help, count) in [
+    for (name, help, count) in single(counts) {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(count);
+        registry.register(name, help, counter);
+    }
+}
+
+/// Counters without a label: name, help and count.
+fn single(counts: &Counts) -> [(&'static str, &'static str, u64); 12] {
+    [
         ("connections", "Connections accepted", counts.connections),
         ("echoes", "C-ECHO requests answered", counts.echoes),
         (
@@ -152,11 +161,7 @@ fn register_counts(registry: &mut Registry, counts: &Counts) {
             "Messages to receivers that were deleted, for their age or for want of room, and that none had accepted",
             counts.letters_lost,
         ),
-    ] {
-        let counter = Counter::<u64>::default();
-        counter.inc_by(count);
-        registry.register(name, help, counter);
-    }
+    ]
 }
 
 /// Gauges that are read at the moment of the scrape.

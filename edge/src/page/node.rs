@@ -113,14 +113,13 @@ fn status(node: &NodeState) -> Status {
     let config = Arc::clone(&node.config.borrow());
     let disk = board::disk_bytes(&config.state_dir).unwrap_or_default();
     let counts = counts(node);
-    let room = node.spool.room();
     let model = node.model.borrow().clone();
     let letters = send::node::counts(&node.outbox);
     let commitments = commitment::node::counts(&node.intake.commitments.asked);
     let (studies, positive_studies) = read(node.store.count_studies());
     let cursor = node.counters.counts().cursor;
-    let rebuild_until = read(node.store.rebuild_until());
     let mut status = Status {
+        problems: problems(node, cursor),
         version: env!("CARGO_PKG_VERSION").into(),
         ae_title: config.ae_title.clone(),
         dicom_port: config.dicom_port,
@@ -143,7 +142,7 @@ fn status(node: &NodeState) -> Status {
         disk_free_bytes: disk.0,
         disk_total_bytes: disk.1,
         spool_bytes: node.spool.counts().used_bytes,
-        is_accepting: room.is_ok(),
+        is_accepting: node.spool.room().is_ok(),
         associations_open: node.intake.slots.open() as u64,
         workers_replaced: counts.workers_replaced,
         peers: peers(&config, &node.intake.visitors),
@@ -154,23 +153,28 @@ fn status(node: &NodeState) -> Status {
         uptime_s: node.started.elapsed().as_secs(),
         ..Status::default()
     };
+    judge(&mut status);
+    status
+}
+
+/// The problems that no figure shows.
+fn problems(node: &NodeState, cursor: u64) -> Vec<String> {
+    let mut problems = Vec::new();
+    let rebuild_until = read(node.store.rebuild_until());
     if cursor < rebuild_until {
-        status.problems.push(format!(
+        problems.push(format!(
             "The results database was lost: stored studies are decided again, {} objects to go.",
             rebuild_until - cursor
         ));
     }
-    if let Err(error) = room {
-        status
-            .problems
-            .push(format!("Objects are refused: {error}."));
+    if let Err(error) = node.spool.room() {
+        problems.push(format!("Objects are refused: {error}."));
     }
     if node.counters.counts().is_unconfined {
         let text = "The worker runs without its seccomp filter: this kernel has none.";
-        status.problems.push(text.into());
+        problems.push(text.into());
     }
-    judge(&mut status);
-    status
+    problems
 }
 
 /// The state, and the problems that follow from the figures.
