@@ -90,7 +90,10 @@ fn tile<const VECTORS: usize, const COLUMNS: usize, const IS_PATCH: bool>(
         false => (row.kernel_rows(), row.column_bytes, row.kernel_row_bytes),
     };
     let n_steps = kernel_row_bytes / 4;
-    let reach = (2 * COLUMNS - 1) * column_bytes + 4 * n_steps;
+    let reach = (2 * COLUMNS - 1)
+        .checked_mul(column_bytes)
+        .and_then(|start| start.checked_add(4 * n_steps))
+        .expect("no row is longer than the address space");
     let mut sums = [[[_mm512_setzero_si512(); VECTORS]; COLUMNS]; POSITIONS];
     for (v, bias) in row.bias::<16, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
