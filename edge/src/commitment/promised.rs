@@ -41,6 +41,8 @@ pub(crate) struct Terms {
     pub(crate) keep: Duration,
     /// The age at which everything goes.
     pub(crate) max_age: Duration,
+    /// What was received before is of an age that nobody knows ([`crate::intake::clock::Clock::ages_known_from_ms`]).
+    pub(crate) ages_known_from_ms: i64,
 }
 
 /// What this node has committed to.
@@ -122,7 +124,7 @@ impl Promised {
             let found = self.find(&request.references);
             for reference in &request.references {
                 let copy = found.get(&reference.sop_instance_uid);
-                match self.pin(reference, copy, until_ms, terms.max_age) {
+                match self.pin(reference, copy, until_ms, terms) {
                     Ok(sequence) => {
                         pins.insert(sequence, until_ms)?;
                         report.references.push(reference.clone());
@@ -174,15 +176,17 @@ impl Promised {
         reference: &Reference,
         copy: Option<&Copy>,
         until_ms: i64,
-        max_age: Duration,
+        terms: Terms,
     ) -> Result<u64, u16> {
         let copy = copy.ok_or(failure::NO_SUCH_INSTANCE)?;
         if copy.sop_class_uid != reference.sop_class_uid {
             return Err(failure::CLASS_CONFLICT);
         }
         // Too old to be kept for so long; without a time of receipt nobody knows.
-        let goes_ms = copy.received_ms.saturating_add(milliseconds(max_age));
-        if !is_clock_trusted(copy.received_ms) || goes_ms < until_ms {
+        let goes_ms = copy.received_ms.saturating_add(milliseconds(terms.max_age));
+        let is_known =
+            is_clock_trusted(copy.received_ms) && copy.received_ms >= terms.ages_known_from_ms;
+        if !is_known || goes_ms < until_ms {
             return Err(failure::RESOURCE_LIMITATION);
         }
         let is_pinned = self.spool.pin(copy.sequence, until_ms);

@@ -376,7 +376,16 @@ fn pins_hold_over_a_restart_and_end_with_the_commitment() {
     let terms = Terms {
         keep: Duration::from_secs(60),
         max_age: Duration::from_secs(3600),
+        ages_known_from_ms: NOW_MS,
     };
+    let strange = Terms {
+        ages_known_from_ms: NOW_MS + 1,
+        ..terms
+    };
+    let report = promised.promise(&request, "CT1", strange, NOW_MS).unwrap();
+    assert_eq!(report.references, [], "from before the clock jumped");
+    promised.reported(&report.uid).unwrap();
+    promised.let_go(&report.uid);
     assert!(
         promised.promise(&request, "CT1", terms, 5000).is_err(),
         "no clock"

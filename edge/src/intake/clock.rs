@@ -175,6 +175,13 @@ impl Clock {
         ages
     }
 
+    /// From when on stamps tell an age: all do by a clock that is right; before, those since the system started or the clock jumped.
+    pub(crate) fn ages_known_from_ms(&self, retention: &Retention) -> i64 {
+        let ages = self.ages(retention);
+        let from_ms = self.state().seen.map_or(i64::MAX, |seen| seen.from_ms);
+        ages.map_or(from_ms, |_| i64::MIN)
+    }
+
     fn state(&self) -> MutexGuard<'_, ClockState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -176,6 +176,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Association<S> {
         let terms = Terms {
             keep: commitment.keep,
             max_age: config.retention.max_age,
+            ages_known_from_ms: self
+                .around
+                .intake
+                .clock
+                .ages_known_from_ms(&config.retention),
         };
         let (promised, calling_ae) = (Arc::clone(&self.reports.promised), self.calling_ae.clone());
         let promise = move || promised.promise(&request, &calling_ae, terms, unix_ms());
