@@ -459,6 +459,11 @@ impl Network {
         Ok(())
     }
 
+    /// From now on the forward pass computes in f32 again.
+    pub fn compute_in_f32(&mut self) {
+        self.scales = None;
+    }
+
     /// The weights in the order the data meets them.
     #[must_use]
     pub fn parameters(&self) -> &[Parameter] {

@@ -153,21 +153,40 @@ impl Run<'_> {
 
     /// Makes the network compute as the int8 graph does where the epoch is one of the last `qat_epochs`. Ranges are found once, before the first of them.
     fn quantize_where_due(&mut self) -> Result<()> {
-        let first = self.plan.n_epochs.saturating_sub(self.options.qat_epochs);
+        let first = self.first_quantized_epoch();
         if self.options.qat_epochs == 0 || self.position.epoch < first {
             return Ok(());
         }
-        let is_begun = self.position.epoch > first || self.position.step_in_epoch > 0;
-        let ranges = if is_begun {
-            quantization_aware::read(&self.out.join(quantization_aware::FILE_NAME))?
-        } else {
+        if self.position.epoch == first && self.position.step_in_epoch == 0 {
             let bits = self.options.qat_weight_bits;
-            quantization_aware::calibrate(&self.network, self.cache, bits, self.out)?
-        };
+            quantization_aware::calibrate(&self.network, self.cache, bits, self.out)?;
+        }
+        self.quantize()
+    }
+
+    /// The first of the last `qat_epochs`, from 0.
+    fn first_quantized_epoch(&self) -> u32 {
+        self.plan.n_epochs.saturating_sub(self.options.qat_epochs)
+    }
+
+    /// Makes the network compute with the run's ranges, and its file name them.
+    fn quantize(&mut self) -> Result<()> {
+        let ranges = quantization_aware::read(&self.out.join(quantization_aware::FILE_NAME))?;
         let digest = quantization_aware::digest(&ranges)?;
         let provenance = &mut self.network.provenance;
         provenance.insert(quantization_aware::DIGEST.to_owned(), digest);
         Ok(self.network.quantize(&ranges)?)
+    }
+
+    /// Makes the network compute, and its file say, how the weights of `n_epochs` whole epochs were trained: a process that resumes a finished
+    /// run trains none, and the best epoch may lie before the first quantized one.
+    fn quantize_as_after(&mut self, n_epochs: u32) -> Result<()> {
+        if self.options.qat_epochs > 0 && n_epochs > self.first_quantized_epoch() {
+            return self.quantize();
+        }
+        self.network.provenance.remove(quantization_aware::DIGEST);
+        self.network.compute_in_f32();
+        Ok(())
     }
 
     /// Whether early stopping ends the run here.
@@ -364,14 +383,17 @@ impl Run<'_> {
             WEIGHTS_FILE
         });
         if !is_stopped {
+            let mut n_epochs = self.position.epoch;
             if self.options.patience.is_some() {
                 let best = self.out.join(BEST_FILE);
                 if self.ranks.is_root() && best.exists() {
                     self.network.set_weights(&best)?;
+                    n_epochs = self.position.best_epoch;
                 }
                 self.spread_weights()?;
                 self.set_gpu()?;
             }
+            self.quantize_as_after(n_epochs)?;
             if self.validation.is_none() || self.options.patience.is_some() {
                 self.validation = self.validate()?;
             }

@@ -1,6 +1,7 @@
 use super::run::append;
 use super::*;
 use crate::cache::{CacheManifest, FORMAT_VERSION};
+use crate::checkpoint;
 use crate::index::{Part, Row, to_csv};
 use crate::quantization_aware;
 use crate::random::Random;
@@ -191,7 +192,7 @@ fn quantization_aware_run_continues_to_the_same_weights() {
         ..options()
     };
     let whole = folder.path().join("whole");
-    train(&options, &cache, &whole).unwrap();
+    let summary = train(&options, &cache, &whole).unwrap();
     assert!(whole.join(quantization_aware::FILE_NAME).exists());
     let parts = folder.path().join("parts");
     let stop = AtomicBool::new(true);
@@ -204,8 +205,12 @@ fn quantization_aware_run_continues_to_the_same_weights() {
         resume: true,
         ..options.clone()
     };
-    train(&resumed, &cache, &parts).unwrap();
-    assert!(weights(&whole) == weights(&parts));
+    // The second time nothing is left to train, as after a kill between the last checkpoint and the weights.
+    for _ in 0..2 {
+        let again = train(&resumed, &cache, &parts).unwrap();
+        assert!(weights(&whole) == weights(&parts));
+        assert_eq!(again.val_loss, summary.val_loss);
+    }
     let transfer = TrainOptions {
         model: "resnet50".into(),
         random_init: true,
@@ -213,6 +218,52 @@ fn quantization_aware_run_continues_to_the_same_weights() {
     };
     let error = train(&transfer, &cache, &folder.path().join("other")).unwrap_err();
     assert_eq!(crate::exit::code_of(&error), Exit::Usage);
+}
+
+#[test]
+fn best_weights_from_before_the_quantized_epochs_name_no_ranges() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(&folder.path().join("cache"), 20);
+    let options = TrainOptions {
+        model: "vanilla".into(),
+        qat_epochs: 1,
+        patience: Some(5),
+        ..options()
+    };
+    let run = folder.path().join("run");
+    train_until(&options, &cache, &run, &AtomicBool::new(true)).unwrap();
+    // As if the first weights were such that no epoch can better them.
+    let mut network =
+        Network::new(checked(&options).unwrap(), options.width, 5, &Device::Cpu).unwrap();
+    let fingerprint = fingerprint(&options, &cache).unwrap();
+    let found = checkpoint::load(&run, network.parameters(), &fingerprint).unwrap();
+    let (moments, position) = found.unwrap();
+    let position = Position {
+        best_loss: 0.0,
+        ..position
+    };
+    checkpoint::save(
+        &run,
+        network.parameters(),
+        &moments,
+        &position,
+        &fingerprint,
+    )
+    .unwrap();
+    let split = Split {
+        by: options.split,
+        seed: options.seed,
+    };
+    network.provenance = provenance::of_training(split, &cache).unwrap();
+    network.save(&run.join(BEST_FILE)).unwrap();
+    let resumed = TrainOptions {
+        resume: true,
+        ..options
+    };
+    let summary = train(&resumed, &cache, &run).unwrap();
+    assert_eq!((summary.epochs, summary.best_epoch), (2, Some(0)));
+    assert!(run.join(quantization_aware::FILE_NAME).exists());
+    assert!(weights(&run) == fs::read(run.join(BEST_FILE)).unwrap());
 }
 
 #[test]
