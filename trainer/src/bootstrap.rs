@@ -4,12 +4,13 @@
 //! with replacement (Efron and Tibshirani 1993, chapter 6; percentile interval), seeded, and every figure is computed anew.
 //!
 //! The bootstrap cannot know what it never saw: one study drawn again and again gives an interval of no width. So a figure that rests on one
-//! study has no interval, and where all n studies agree the bound is the exact one of n trials without a failure.
+//! study has no interval, and where all n studies agree a share of trials has the exact bound of n trials without a failure. For other figures there
+//! is no such bound: at 0 or 1 in every draw their interval is unknown.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::metrics::{N_MEASURES, Sorted};
+use crate::metrics::{N_MEASURES, NAMES, Sorted};
 
 /// Draws of an interval.
 pub const RESAMPLES: u64 = 1000;
@@ -17,6 +18,8 @@ pub const RESAMPLES: u64 = 1000;
 const MIN_STUDIES: usize = 2;
 /// What a 95 % interval leaves out on either side.
 const TAIL: f64 = 0.025;
+/// The figures that are shares of trials.
+const SHARES: [&str; 4] = ["sensitivity", "specificity", "precision", "accuracy"];
 
 /// A figure with its 95 % interval; NaN (undefined, or unknown for too few studies) is written as null.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -87,7 +90,14 @@ pub fn intervals(sorted: &Sorted, threshold: f32, seed: u64) -> [Interval; N_MEA
     std::array::from_fn(|k| {
         let draws = draws.iter().map(|draw| draw[k]).collect();
         let interval = percentile_interval(values[k], draws);
-        interval.resting_on(carriers[k]).not_certain(carriers[k])
+        let interval = interval.resting_on(carriers[k]);
+        if SHARES.contains(&NAMES[k]) {
+            interval.not_certain(carriers[k])
+        } else if interval.low >= 1.0 || interval.high <= 0.0 {
+            interval.resting_on(0)
+        } else {
+            interval
+        }
     })
 }
 
@@ -202,11 +212,15 @@ mod tests {
         let all_right: Vec<_> = (0..20)
             .map(|study| (if study < 5 { 1.0 } else { -1.0 }, study < 5, study))
             .collect();
-        let [auroc, _, sensitivity, specificity, ..] = of(&all_right);
+        let [auroc, _, sensitivity, specificity, _, _, f1, ..] = of(&all_right);
         // 0.025^(1/5), 0.025^(1/15): five and fifteen trials without a failure.
-        for (found, low) in [(auroc, 0.478), (sensitivity, 0.478), (specificity, 0.782)] {
+        for (found, low) in [(sensitivity, 0.478), (specificity, 0.782)] {
             assert!((found.low - low).abs() < 1e-3, "{found:?}");
             assert!(found.value >= 1.0 && found.high >= 1.0);
+        }
+        // No shares of trials, so there is no such bound.
+        for found in [auroc, f1] {
+            assert!(found.value >= 1.0 && found.low.is_nan() && found.high.is_nan());
         }
         let all_wrong: Vec<_> = all_right.iter().map(|s| (-s.0, s.1, s.2)).collect();
         let sensitivity = of(&all_wrong)[2];
