@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -106,6 +106,14 @@ struct Compared {
     reason: Option<String>,
 }
 
+/// `compare.json`.
+#[derive(Debug, Serialize)]
+struct Comparison<'a> {
+    /// [`RESEARCH_USE`].
+    notice: &'static str,
+    rows: Vec<&'a Compared>,
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -137,8 +145,10 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     }
     let text = table(args, &cache, &rows);
     write_atomically(&args.out.join("compare.md"), text.as_bytes())?;
-    let only: Vec<&Compared> = rows.iter().map(|(_, row)| row).collect();
-    let json = serde_json::to_string_pretty(&only)?;
+    let json = serde_json::to_string_pretty(&Comparison {
+        notice: RESEARCH_USE,
+        rows: rows.iter().map(|(_, row)| row).collect(),
+    })?;
     write_atomically(&args.out.join("compare.json"), json.as_bytes())?;
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", if args.json { json } else { text })?;
@@ -185,11 +195,28 @@ fn claim(out: &Path, config: &Config) -> Result<()> {
                 other_lines(&found, &text)
             ),
         )),
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("reading {}", path.display()))
+        }
+        Err(_) if has_rows(out) => Err(fault(
+            Exit::CannotWrite,
+            format!(
+                "{} holds rows without {CONFIG_FILE}, so that nobody knows their settings; give another --out",
+                out.display()
+            ),
+        )),
         Err(_) => {
             std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
             write_atomically(&path, text.as_bytes())
         }
     }
+}
+
+fn has_rows(out: &Path) -> bool {
+    let mut files = ARCHITECTURES
+        .iter()
+        .map(|system| out.join(system.name).join(RESULT_FILE));
+    files.any(|file| file.exists())
 }
 
 /// The lines that are not in the other text.
@@ -503,8 +530,11 @@ mod tests {
 
     fn names_in_table(folder: &Path) -> Vec<String> {
         let text = std::fs::read_to_string(folder.join("compare/compare.json")).unwrap();
-        let rows: Vec<Compared> = serde_json::from_str(&text).unwrap();
-        rows.into_iter().map(|row| row.name).collect()
+        let found: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(found["notice"], RESEARCH_USE);
+        let rows = found["rows"].as_array().unwrap();
+        let name = |row: &serde_json::Value| row["name"].as_str().unwrap().to_owned();
+        rows.iter().map(name).collect()
     }
 
     #[test]
@@ -526,6 +556,36 @@ mod tests {
         assert!(error.to_string().contains("seed = 1"), "{error}");
         assert_eq!(names_in_table(folder), ["baseline", "vanilla", "final"]);
         assert!(std::fs::read(&weights).unwrap() == before);
+    }
+
+    #[test]
+    fn settings_that_cannot_be_read_are_not_written_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path();
+        let config = Config {
+            data: "0".repeat(64),
+            width: 1.0,
+            epochs: None,
+            batch: 50,
+            seed: 1,
+            split: SplitBy::Study,
+            imagenet: false,
+        };
+        let path = out.join(CONFIG_FILE);
+        std::fs::write(&path, [0xff]).unwrap();
+        let error = claim(out, &config).unwrap_err();
+        assert!(format!("{error:#}").contains("reading "), "{error:#}");
+        assert_eq!(std::fs::read(&path).unwrap(), [0xff]);
+        std::fs::remove_file(&path).unwrap();
+        let row = out.join("vanilla");
+        std::fs::create_dir(&row).unwrap();
+        std::fs::write(row.join(RESULT_FILE), "{}").unwrap();
+        let error = claim(out, &config).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
+        assert!(!path.exists());
+        std::fs::remove_file(row.join(RESULT_FILE)).unwrap();
+        claim(out, &config).unwrap();
+        claim(out, &config).unwrap();
     }
 
     #[test]
