@@ -217,7 +217,7 @@ fn model_files(
 ) -> Result<Files> {
     let architecture = architecture::find("final").context("the table has a row `final`")?;
     let mut manifest: Manifest = export::new_manifest(architecture, args.width);
-    evaluate::complete(&mut manifest, evaluation, cache);
+    evaluate::complete(&mut manifest, evaluation, cache)?;
     let out = &args.out;
     write_atomically(&out.join("manifest.json"), manifest.to_json().as_bytes())?;
     let (float, int8) = (out.join("model.onnx"), out.join("model-int8.onnx"));

@@ -45,6 +45,7 @@ pub mod rsna;
 pub mod source;
 pub mod split;
 pub mod stats;
+pub mod temperature;
 pub mod train;
 pub mod transfer;
 pub mod verify;

@@ -77,6 +77,11 @@ pub fn text(evaluation: &Evaluation, manifest: &Manifest) -> String {
         ));
     }
     line("\n## Operating points\n");
+    if manifest.operating_points.is_empty() {
+        line(
+            "The file holds none and decides nothing. The figures above are at these, chosen for them:\n",
+        );
+    }
     for point in &evaluation.operating_points {
         line(&format!(
             "- `{}`: positive from logit {:.3}; on the validation part sensitivity {:.3}, specificity {:.3}",

@@ -1,21 +1,37 @@
-//! What is chosen on the validation part and then frozen: operating points, temperature, study rule.
+//! What is chosen on the validation part and then frozen: operating points, temperature, study rule. A model file that holds them keeps its own,
+//! for they are what the board decides by.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use shared::manifest::OperatingPoint;
+use shared::manifest::{Manifest, OperatingPoint};
 use shared::study::{self, StudyRule};
 
 use super::{Judged, TARGET_SENSITIVITIES, samples};
 use crate::cache::Cache;
 use crate::metrics::{Sample, Sorted};
+use crate::temperature::temperature;
 
-/// What was chosen on the validation part.
+/// What the figures are measured with.
 pub(super) struct Chosen {
     pub(super) points: Vec<OperatingPoint>,
     pub(super) threshold: f32,
     pub(super) temperature: f64,
     pub(super) rule: StudyRule,
+}
+
+/// What the model file says; `None` where it has no operating point. A study rule that it lacks is chosen, for the studies' figures need one.
+pub(super) fn frozen(manifest: &Manifest, cache: &Cache, validation: &Judged) -> Option<Chosen> {
+    let points = manifest.operating_points.clone();
+    let threshold = points.first()?.logit_threshold;
+    Some(Chosen {
+        points,
+        threshold,
+        temperature: manifest.temperature.unwrap_or(1.0),
+        rule: manifest
+            .study_rule
+            .unwrap_or_else(|| study_rule(cache, validation)),
+    })
 }
 
 pub(super) fn choose(cache: &Cache, validation: &Judged) -> Result<Chosen> {
@@ -43,35 +59,6 @@ pub(super) fn choose(cache: &Cache, validation: &Judged) -> Result<Chosen> {
         temperature: temperature(sorted.samples()),
         rule: study_rule(cache, validation),
     })
-}
-
-/// Between these the temperature is searched.
-pub(super) const TEMPERATURES: (f64, f64) = (0.05, 20.0);
-
-/// The temperature of least log loss within [`TEMPERATURES`]: golden-section search on its logarithm (Guo et al. 2017).
-pub(super) fn temperature(samples: &[Sample]) -> f64 {
-    let loss = |log_temperature: f64| -> f64 {
-        let temperature = log_temperature.exp();
-        samples
-            .iter()
-            .map(|sample| {
-                let logit = f64::from(sample.logit) / temperature;
-                let signed = if sample.pe_present { -logit } else { logit };
-                signed.max(0.0) + (-signed.abs()).exp().ln_1p()
-            })
-            .sum()
-    };
-    let ratio = (5.0_f64.sqrt() - 1.0) / 2.0;
-    let (mut low, mut high) = (TEMPERATURES.0.ln(), TEMPERATURES.1.ln());
-    for _ in 0..60 {
-        let (a, b) = (high - ratio * (high - low), low + ratio * (high - low));
-        if loss(a) < loss(b) {
-            high = b;
-        } else {
-            low = a;
-        }
-    }
-    ((low + high) / 2.0).exp()
 }
 
 /// The rule of highest AUROC over studies, the simplest among equals; its threshold reaches the first target sensitivity.
@@ -148,30 +135,4 @@ pub(super) fn study_scores<'a>(
         study.pe_present |= pe_present;
     }
     studies
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample(logit: f32, pe_present: bool, study: usize) -> Sample {
-        Sample {
-            logit,
-            pe_present,
-            study,
-        }
-    }
-
-    #[test]
-    fn temperature_undoes_a_scaling() {
-        let mut samples = Vec::new();
-        for k in -20..=20_i16 {
-            let logit = f32::from(k) / 5.0;
-            let probability = shared::probability::sigmoid(logit);
-            for n in 0..100_u8 {
-                samples.push(sample(3.0 * logit, f32::from(n) < probability * 100.0, 0));
-            }
-        }
-        assert!((temperature(&samples) - 3.0).abs() < 0.15);
-    }
 }

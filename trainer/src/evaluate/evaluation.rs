@@ -107,11 +107,11 @@ pub struct Evaluation {
     pub seed: u64,
     /// Version of this program.
     pub trainer: &'static str,
-    /// Chosen on the validation part.
+    /// The model file's own, or chosen on the validation part where it has none.
     pub operating_points: Vec<OperatingPoint>,
-    /// Fitted on the validation part.
+    /// As the operating points.
     pub temperature: f64,
-    /// Learnt on the validation part.
+    /// As the operating points.
     pub study_rule: StudyRule,
     /// Slices at natural prevalence.
     pub slice: Figures,
@@ -137,6 +137,9 @@ pub struct Evaluation {
     /// The logits, for the tables of predictions.
     #[serde(skip)]
     pub judged: Judged,
+    /// What the model's file says of its training; see [`crate::provenance`].
+    #[serde(skip)]
+    pub provenance: BTreeMap<String, String>,
 }
 
 /// Points of the plots.

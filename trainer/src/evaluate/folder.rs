@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use shared::RESEARCH_USE;
 use shared::manifest::Manifest;
 use shared::probability::sigmoid;
 
@@ -21,7 +22,7 @@ use crate::{export, model_card, plots, provenance, report};
 pub fn manifest_of(weights: &Path, evaluation: &Evaluation, cache: &Cache) -> Result<Manifest> {
     let (architecture, width, _) = export::read_weights(weights)?;
     let mut manifest = export::new_manifest(architecture, width);
-    complete(&mut manifest, evaluation, cache);
+    complete(&mut manifest, evaluation, cache)?;
     Ok(manifest)
 }
 
@@ -62,8 +63,12 @@ pub fn write_all(
     )
 }
 
-/// Writes what was found into a model's manifest: data, figures, operating points, temperature and study rule, and of which weights it is true.
-pub fn complete(manifest: &mut Manifest, evaluation: &Evaluation, cache: &Cache) {
+/// Writes what was found into a model's manifest: figures, operating points, temperature and study rule, of which weights it is true, and what these
+/// say of the data they were trained on.
+///
+/// # Errors
+/// The weights' provenance cannot be read.
+pub fn complete(manifest: &mut Manifest, evaluation: &Evaluation, cache: &Cache) -> Result<()> {
     if evaluation.leak.is_some() {
         manifest
             .tools
@@ -74,17 +79,18 @@ pub fn complete(manifest: &mut Manifest, evaluation: &Evaluation, cache: &Cache)
         .tools
         .insert(provenance::WEIGHTS.to_owned(), weights);
     manifest.preprocess = cache.manifest().preprocess.clone();
-    manifest.training_data = provenance::training_data(evaluation.split, cache);
+    provenance::tell(&evaluation.provenance, manifest)?;
     manifest.metrics = evaluation.manifest_metrics();
     manifest.operating_points = evaluation.operating_points.clone();
     manifest.temperature = Some(evaluation.temperature);
     manifest.study_rule = Some(evaluation.study_rule);
+    Ok(())
 }
 
 /// One line a slice. The probability is the one that is shown, after the temperature; `called_positive` is decided on the logit.
 fn predictions(evaluation: &Evaluation, cache: &Cache) -> String {
     let mut text = String::from(
-        "row,study_uid,series_uid,sop_uid,part,pe_present,logit,probability,called_positive\n",
+        "row,study_uid,series_uid,sop_uid,part,pe_present,logit,probability,called_positive,notice\n",
     );
     let judged = &evaluation.judged;
     for (&number, &logit) in judged.rows.iter().zip(&judged.logits) {
@@ -92,7 +98,7 @@ fn predictions(evaluation: &Evaluation, cache: &Cache) -> String {
         // Writing to a String does not fail.
         _ = writeln!(
             text,
-            "{number},{},{},{},{},{},{logit},{},{}",
+            "{number},{},{},{},{},{},{logit},{},{},\"{RESEARCH_USE}\"",
             row.study_uid,
             row.series_uid,
             row.sop_uid,
@@ -107,12 +113,12 @@ fn predictions(evaluation: &Evaluation, cache: &Cache) -> String {
 
 /// One line a study, with the score of the study rule.
 fn studies(evaluation: &Evaluation, cache: &Cache) -> String {
-    let mut text = String::from("study_uid,pe_present,score,called_positive\n");
+    let mut text = String::from("study_uid,pe_present,score,called_positive,notice\n");
     for (study, sample) in study_scores(cache, &evaluation.judged, &evaluation.study_rule) {
         // As above.
         _ = writeln!(
             text,
-            "{study},{},{},{}",
+            "{study},{},{},{},\"{RESEARCH_USE}\"",
             u8::from(sample.pe_present),
             sample.logit,
             u8::from(sample.logit >= evaluation.study.threshold)

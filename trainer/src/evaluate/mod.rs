@@ -1,7 +1,7 @@
 //! `trainer evaluate`: how good a model is on slices and studies it was not trained on.
 //!
 //! In: a model and a cache. Everything that is chosen (thresholds for target sensitivities, the temperature, the study rule) is
-//! chosen on the validation part and then frozen; the figures come from the part asked for, with 95 % intervals by bootstrap over studies. Out: an
+//! chosen on the validation part and then frozen; a model file with operating points has that behind it and is measured with its own. The figures come from the part asked for, with 95 % intervals by bootstrap over studies. Out: an
 //! [`Evaluation`], as `metrics.json`, `report.html`, plots, tables of predictions and `model-card.md`. Positive means PE present.
 
 mod breakdown;
@@ -22,7 +22,7 @@ use shared::RESEARCH_USE;
 use shared::manifest::Level;
 
 use self::breakdown::{control_figures, misses, subgroups};
-use self::choose::choose;
+use self::choose::{choose, frozen};
 pub use self::evaluation::{ControlFigure, Counts, Curves, Evaluation, Figures, Miss, Subgroup};
 pub use self::exams::RsnaLoss;
 use self::exams::rsna_loss;
@@ -202,7 +202,11 @@ pub fn evaluate(
             ));
         }
     }
-    let chosen = choose(cache, &validation)?;
+    let manifest = predictor.manifest();
+    let chosen = match manifest.and_then(|manifest| frozen(manifest, cache, &validation)) {
+        Some(frozen) => frozen,
+        None => choose(cache, &validation)?,
+    };
     let rsna_loss = (split.by == split::SplitBy::Study)
         .then(|| {
             let training = rows_of(Part::Train);
@@ -248,6 +252,7 @@ pub fn evaluate(
         rsna_loss,
         curves,
         judged: measured,
+        provenance: predictor.provenance().clone(),
     })
 }
 
@@ -275,4 +280,115 @@ fn samples(cache: &Cache, judged: &Judged) -> Vec<Sample> {
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use shared::manifest::{DataKind, Manifest, OperatingPoint};
+    use shared::study::StudyRule;
+
+    use super::*;
+    use crate::network::Network;
+    use crate::{architecture, export, model_card};
+
+    /// A cache of phantom studies, and a model file of random weights with what `tell` writes into its manifest.
+    fn prepared(folder: &Path, tell: impl FnOnce(&mut Manifest)) -> (Cache, Predictor) {
+        let source = crate::source::Source::phantom(24, 4, 6, 64, false);
+        let spec = shared::spec::PreprocessSpec::default();
+        let cache = folder.join("cache");
+        crate::prepare::prepare(&source, &spec, 4, None, &cache).unwrap();
+        let architecture = architecture::find("vanilla").unwrap();
+        let network = Network::new(architecture, 0.001, 3, &Device::Cpu).unwrap();
+        let mut manifest = export::new_manifest(architecture, 0.001);
+        tell(&mut manifest);
+        let weights = export::weights_of(&network).unwrap();
+        let bytes = export::float_file(architecture, 0.001, &weights, &manifest).unwrap();
+        let file = folder.join("model.onnx");
+        std::fs::write(&file, bytes).unwrap();
+        (
+            Cache::open(&cache).unwrap(),
+            Predictor::open(&file).unwrap(),
+        )
+    }
+
+    const BY_STUDY: Split = Split {
+        by: split::SplitBy::Study,
+        seed: 4,
+    };
+
+    #[test]
+    fn a_model_file_is_measured_with_its_own_thresholds() {
+        let folder = tempfile::tempdir().unwrap();
+        let point = OperatingPoint {
+            name: "sensitivity-0.90".to_owned(),
+            logit_threshold: -40.5,
+            sensitivity: 0.9,
+            specificity: 0.1,
+        };
+        let rule = StudyRule {
+            smoothing_slices: 3,
+            top_slices: 2,
+            logit_threshold: 41.5,
+        };
+        let (cache, mut model) = prepared(folder.path(), |manifest| {
+            manifest.operating_points = vec![point.clone()];
+            manifest.temperature = Some(7.0);
+            manifest.study_rule = Some(rule);
+        });
+        let found = evaluate(&mut model, &cache, Part::Test, BY_STUDY, 0).unwrap();
+        assert_eq!(found.operating_points, [point]);
+        assert_eq!(found.slice.threshold.to_bits(), (-40.5_f32).to_bits());
+        assert_eq!(found.temperature.to_bits(), 7.0_f64.to_bits());
+        assert_eq!(found.study_rule, rule);
+        let card = model_card::text(&found, model.manifest().unwrap());
+        assert!(card.contains("positive from logit -40.500"), "{card}");
+        write_all(
+            &found,
+            &cache,
+            model.manifest().unwrap(),
+            folder.path(),
+            folder.path(),
+        )
+        .unwrap();
+        let ending = |name: &str, ending: &str| {
+            let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
+            assert!(
+                text.lines().skip(1).all(|line| line.ends_with(ending)),
+                "{text}"
+            );
+        };
+        ending("predictions.csv", &format!(",1,\"{RESEARCH_USE}\""));
+        ending("studies.csv", &format!(",0,\"{RESEARCH_USE}\""));
+    }
+
+    #[test]
+    fn the_card_of_a_file_without_operating_points_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, mut model) = prepared(folder.path(), |_| ());
+        let found = evaluate(&mut model, &cache, Part::Test, BY_STUDY, 0).unwrap();
+        let card = model_card::text(&found, model.manifest().unwrap());
+        assert!(
+            card.contains("The file holds none and decides nothing"),
+            "{card}"
+        );
+    }
+    #[test]
+    fn training_data_is_what_the_weights_say_not_what_they_are_measured_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, _) = prepared(folder.path(), |_| ());
+        let architecture = architecture::find("vanilla").unwrap();
+        let mut network = Network::new(architecture, 0.001, 3, &Device::Cpu).unwrap();
+        let weights = folder.path().join("model.safetensors");
+        let mut told = || {
+            network.save(&weights).unwrap();
+            let mut model = Predictor::open(&weights).unwrap();
+            let found = evaluate(&mut model, &cache, Part::Test, BY_STUDY, 0).unwrap();
+            network.provenance = provenance::of_training(BY_STUDY, &cache).unwrap();
+            manifest_of(&weights, &found, &cache).unwrap().training_data
+        };
+        let (silent, trained) = (told(), told());
+        assert_eq!((silent.kind, silent.n_slices), (DataKind::None, 0));
+        assert_eq!(trained, provenance::training_data(BY_STUDY, &cache));
+    }
 }

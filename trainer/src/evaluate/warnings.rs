@@ -2,14 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use super::choose::{Chosen, TEMPERATURES};
+use super::choose::Chosen;
 use super::{Judged, TARGET_SENSITIVITIES};
 use crate::cache::Cache;
+use crate::temperature;
 
 /// Positive studies of the validation part below which a target sensitivity cannot be told from the next.
 const FEW_STUDIES: usize = 10;
-/// How near to the search's bound a temperature is no minimum.
-const NEAR: f64 = 1.01;
 
 pub(super) fn of(
     cache: &Cache,
@@ -18,17 +17,13 @@ pub(super) fn of(
     chosen: &Chosen,
 ) -> Vec<String> {
     let mut warnings = Vec::new();
-    if measured
-        .logits
-        .windows(2)
-        .all(|pair| pair[0].to_bits() == pair[1].to_bits())
-    {
+    if is_constant(&measured.logits) {
         warnings.push(
             "every slice has the same logit: the network answers whatever it sees; its units may have died (a smaller learning rate, a greater width)"
                 .to_owned(),
         );
     }
-    warnings.extend(temperature(chosen.temperature));
+    warnings.extend(temperature::warning(chosen.temperature));
     let n_positive = n_studies(cache, validation, true);
     if n_positive < FEW_STUDIES {
         let [first, ..] = TARGET_SENSITIVITIES;
@@ -47,14 +42,10 @@ pub(super) fn of(
     warnings
 }
 
-fn temperature(found: f64) -> Option<String> {
-    let (low, high) = TEMPERATURES;
-    let is_at_bound = found < low * NEAR || found > high / NEAR;
-    is_at_bound.then(|| {
-        format!(
-            "the temperature {found:.2} is the bound of its search ({low} to {high}): none between makes probabilities of these logits, and those shown are not calibrated"
-        )
-    })
+/// Whether several slices have one logit; a single one says nothing of the next.
+fn is_constant(logits: &[f32]) -> bool {
+    let mut pairs = logits.windows(2);
+    logits.len() > 1 && pairs.all(|pair| pair[0].to_bits() == pair[1].to_bits())
 }
 
 /// Studies with a slice of that kind.
@@ -70,27 +61,10 @@ fn n_studies(cache: &Cache, judged: &Judged, pe_present: bool) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::evaluate::choose;
-    use crate::metrics::Sample;
 
     #[test]
-    fn a_temperature_at_the_bound_of_its_search_is_warned_of() {
-        let sample = |logit, pe_present| Sample {
-            logit,
-            pe_present,
-            study: 0,
-        };
-        let of = |samples: &[Sample]| temperature(choose::temperature(samples));
-        let overlapping = [
-            sample(2.0, true),
-            sample(-1.0, true),
-            sample(1.0, false),
-            sample(-2.0, false),
-        ];
-        assert_eq!(of(&overlapping), None);
-        let contrary = [sample(-2.0, true), sample(1.0, false)];
-        assert!(of(&contrary).unwrap().contains("temperature 20.00"));
-        let separable = [sample(2.0, true), sample(-1.0, false)];
-        assert!(of(&separable).unwrap().contains("temperature 0.05"));
+    fn one_slice_is_no_constant_answer() {
+        assert!(!is_constant(&[]) && !is_constant(&[1.0]) && !is_constant(&[1.0, 2.0]));
+        assert!(is_constant(&[1.0, 1.0]));
     }
 }

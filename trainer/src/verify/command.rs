@@ -107,9 +107,14 @@ pub fn text(report: &VerifyReport) -> String {
         text.push('\n');
     };
     let pair = |pair: Pair| {
+        let interval = if pair.low.is_nan() {
+            "[unknown]".to_owned()
+        } else {
+            format!("[{:+.4}, {:+.4}]", pair.low, pair.high)
+        };
         format!(
-            "{:.4} -> {:.4}, change {:+.4} [{:+.4}, {:+.4}]",
-            pair.float, pair.int8, pair.change, pair.low, pair.high
+            "{:.4} -> {:.4}, change {:+.4} {interval}",
+            pair.float, pair.int8, pair.change
         )
     };
     line(format!(
@@ -154,6 +159,9 @@ pub fn text(report: &VerifyReport) -> String {
     }
     if !report.is_pair_known {
         line("the int8 file does not say which f32 file it was made of: not checked".to_owned());
+    }
+    for warning in &report.warnings {
+        line(format!("warning: {warning}"));
     }
     line(gate(report));
     text

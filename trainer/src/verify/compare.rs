@@ -17,7 +17,8 @@ pub(super) struct Both {
 }
 
 impl Both {
-    /// AUROC, sensitivity and specificity at `threshold`; the intervals resample studies, the same ones for both files.
+    /// AUROC, sensitivity and specificity at `threshold`; the intervals resample studies, the same ones for both files. A figure that
+    /// rests on one study has no interval.
     pub(super) fn compare(&self, threshold: f32) -> [Pair; 3] {
         let figures = ["auroc", "sensitivity", "specificity"]
             .map(|name| NAMES.iter().position(|known| *known == name).unwrap_or(0));
@@ -37,12 +38,14 @@ impl Both {
             pick(&self.float.measure(threshold)),
             pick(&self.int8.measure(threshold)),
         );
+        let carriers = self.float.carriers(threshold);
         [0, 1, 2].map(|index| {
             let change = int8[index] - float[index];
             let Interval { low, high, .. } = bootstrap::percentile_interval(
                 change,
                 draws.iter().map(|draw| draw[index]).collect(),
-            );
+            )
+            .resting_on(carriers[figures[index]]);
             Pair {
                 float: float[index],
                 int8: int8[index],
@@ -56,21 +59,50 @@ impl Both {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::samples;
     use super::*;
+    use crate::metrics::Sample;
+
+    /// Slices of study, label and logit.
+    fn both(float: &[(usize, bool, f32)], int8: &[(usize, bool, f32)]) -> Both {
+        let sorted = |slices: &[(usize, bool, f32)]| {
+            let sample = |&(study, pe_present, logit)| Sample {
+                logit,
+                pe_present,
+                study,
+            };
+            Sorted::new(slices.iter().map(sample).collect())
+        };
+        Both {
+            float: sorted(float),
+            int8: sorted(int8),
+            n_studies: 3,
+        }
+    }
 
     #[test]
     fn identical_logits_change_nothing() {
-        let both = Both {
-            float: Sorted::new(samples(1.0)),
-            int8: Sorted::new(samples(1.0)),
-            n_studies: 1,
-        };
-        for pair in both.compare(0.0) {
+        let slices = [
+            (0, true, 1.0),
+            (0, false, -1.0),
+            (1, true, -0.5),
+            (2, false, 0.5),
+        ];
+        for pair in both(&slices, &slices).compare(0.0) {
             assert!(
                 pair.change.abs() < 1e-12 && pair.low.abs() < 1e-12 && pair.high.abs() < 1e-12,
                 "{pair:?}"
             );
         }
+    }
+
+    #[test]
+    fn one_positive_study_gives_a_change_without_interval() {
+        let slices = |logit| [(0, true, logit), (1, false, -1.0), (2, false, 0.5)];
+        let found = both(&slices(1.0), &slices(-2.0)).compare(0.0);
+        let [auroc, sensitivity, specificity] = found;
+        for pair in [auroc, sensitivity] {
+            assert!(pair.change < 0.0 && pair.low.is_nan() && pair.high.is_nan());
+        }
+        assert!(specificity.low.abs() < 1e-12 && specificity.high.abs() < 1e-12);
     }
 }

@@ -3,6 +3,7 @@
 use shared::manifest::{Level, METADATA_KEY, Metric, Validation};
 
 use crate::onnx;
+use crate::temperature::is_at_bound;
 
 use super::{Pair, VerifyReport, manifest_of};
 
@@ -27,7 +28,9 @@ pub fn deployable(
         None => Validation::Unvalidated,
         Some(_) => Validation::Validated,
     };
-    if report.int8_temperature.is_finite() && report.operating_point.is_some() {
+    // Where the search found none, that of the f32 file stands.
+    let is_found = report.int8_temperature.is_finite() && !is_at_bound(report.int8_temperature);
+    if is_found && report.operating_point.is_some() {
         manifest.temperature = Some(report.int8_temperature);
     }
     if let (Some(found), Some(point)) = (

@@ -1,6 +1,6 @@
 //! `trainer verify`: is the int8 file as good as the f32 file it was made from?
 //!
-//! In: both files and a cache. Out: on the validation part, the change of AUROC, of sensitivity and specificity at the frozen operating
+//! In: both files and a cache. Out: on the validation part of the split that the file was trained with, the change of AUROC, of sensitivity and specificity at the frozen operating
 //! point with paired bootstrap intervals by study, agreement, the largest change of a logit, the signal-to-noise ratio of every
 //! quantized tensor, a temperature refitted to the int8 logits, sizes. The int8 logits are those of the engine that the
 //! board runs; the f32 logits are [`crate::execute`]'s. The gate: sensitivity and specificity at the operating point may
@@ -12,7 +12,6 @@ mod deploy;
 mod gate;
 mod noise;
 mod plot;
-mod temperature;
 
 use std::collections::BTreeMap;
 
@@ -27,6 +26,8 @@ use crate::index::Part;
 use crate::metrics::{Sample, Sorted};
 use crate::onnx::{self, ModelProto};
 use crate::quantize::{EQUALISED, FLOAT_FILE};
+use crate::temperature::{self, temperature};
+use crate::{provenance, split};
 
 pub use command::{VerifyArgs, run, text};
 use compare::Both;
@@ -34,7 +35,6 @@ pub use deploy::deployable;
 pub use gate::Margins;
 use noise::noise;
 pub use plot::noise_plot;
-use temperature::temperature;
 
 /// A tensor below this signal-to-noise ratio is named in the report.
 pub const SNR_TARGET_DB: f64 = 25.0;
@@ -107,6 +107,8 @@ pub struct VerifyReport {
     pub tensors: Vec<TensorNoise>,
     /// Slices that the noise was measured on.
     pub n_noise_slices: usize,
+    /// What makes figures here say less than they seem to.
+    pub warnings: Vec<String>,
     /// Temperature of least cross-entropy for the f32 logits; NaN where one class is missing.
     pub float_temperature: f64,
     /// The same for the int8 logits.
@@ -131,9 +133,6 @@ pub fn verify(
     margins: Margins,
     n_noise_slices: usize,
 ) -> anyhow::Result<VerifyReport> {
-    let rows = cache.part(Part::Val);
-    ensure!(!rows.is_empty(), "the cache has no validation slices");
-    let images: Vec<&[u8]> = rows.iter().map(|&row| cache.tensor(row)).collect();
     let (float_model, int8_model) = (
         onnx::read(float).context("the f32 file")?,
         onnx::read(int8).context("the int8 file")?,
@@ -145,6 +144,11 @@ pub fn verify(
     );
     let is_pair_known = is_pair_known(float, &manifest)?;
     cache.check_preprocess(&manifest.preprocess)?;
+    // By study, where the file says nothing; the seed is of no account then.
+    let split = provenance::split(&manifest.tools, None, 0)?;
+    let rows = split::rows(cache, split.by, split.seed, Part::Val);
+    ensure!(!rows.is_empty(), "the cache has no validation slices");
+    let images: Vec<&[u8]> = rows.iter().map(|&row| cache.tensor(row)).collect();
     let is_equalised = manifest.tools.contains_key(EQUALISED);
     let tensors = noise(
         &float_model,
@@ -193,7 +197,13 @@ pub fn verify(
         .zip(&int8_logits)
         .filter(|(float, int8)| (**float >= threshold) == (**int8 >= threshold))
         .count();
+    let int8_temperature = temperature(both.int8.samples());
+    let leak = split.by.warning().map(str::to_owned);
+    let warnings = leak.into_iter();
     Ok(VerifyReport {
+        warnings: warnings
+            .chain(temperature::warning(int8_temperature))
+            .collect(),
         part: "val",
         is_pair_known,
         n_slices: rows.len(),
@@ -211,7 +221,7 @@ pub fn verify(
         tensors,
         n_noise_slices: n_noise_slices.min(rows.len()),
         float_temperature: temperature(both.float.samples()),
-        int8_temperature: temperature(both.int8.samples()),
+        int8_temperature,
         margins,
         notice: shared::RESEARCH_USE,
     })
@@ -282,21 +292,12 @@ fn studies(cache: &Cache, rows: &[usize]) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use candle_core::Device;
 
-    pub(super) fn samples(scale: f32) -> Vec<Sample> {
-        let of_index = |index: u32| {
-            let logit = (index as f32 / 500.0 - 1.0) * 4.0;
-            // A label with the probability sigmoid(logit), by a low-discrepancy sequence.
-            let draw = f64::from(index) * 0.618_033_988_749_894_8 % 1.0;
-            Sample {
-                logit: logit * scale,
-                pe_present: draw < 1.0 / (1.0 + (-f64::from(logit)).exp()),
-                study: 0,
-            }
-        };
-        (0..1000).map(of_index).collect()
-    }
+    use super::*;
+    use crate::network::Network;
+    use crate::split::{Split, SplitBy};
+    use crate::{architecture, export, quantize};
 
     #[test]
     fn another_f32_file_than_the_int8_files_own_is_refused() {
@@ -309,5 +310,31 @@ mod tests {
         assert!(is_pair_known(b"f32", &int8).unwrap());
         let refused = is_pair_known(b"another", &int8).unwrap_err();
         assert!(refused.to_string().contains(&parent));
+    }
+    #[test]
+    fn slices_that_were_trained_on_are_not_measured_and_a_leak_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = crate::source::Source::phantom(24, 4, 6, 64, false);
+        let spec = shared::spec::PreprocessSpec::default();
+        let path = folder.path().join("cache");
+        crate::prepare::prepare(&source, &spec, 4, None, &path).unwrap();
+        let cache = Cache::open(&path).unwrap();
+        let architecture = architecture::find("vanilla").unwrap();
+        let network = Network::new(architecture, 0.001, 3, &Device::Cpu).unwrap();
+        let by_image = Split {
+            by: SplitBy::Image,
+            seed: 5,
+        };
+        let mut manifest = export::new_manifest(architecture, 0.001);
+        manifest.tools.extend(provenance::of_split(by_image));
+        let weights = export::weights_of(&network).unwrap();
+        let float = export::float_file(architecture, 0.001, &weights, &manifest).unwrap();
+        let (int8, _) = quantize::quantize(&float, &cache, &quantize::Options::default()).unwrap();
+        let report = verify(&float, &int8, &cache, Margins::default(), 1).unwrap();
+        let rows = split::rows(&cache, by_image.by, by_image.seed, Part::Val);
+        assert_ne!(rows.len(), cache.part(Part::Val).len());
+        assert_eq!(report.n_slices, rows.len());
+        assert_eq!(report.warnings.first().unwrap(), split::LEAK_WARNING);
+        assert!(text(&report).contains(split::LEAK_WARNING));
     }
 }
