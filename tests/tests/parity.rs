@@ -57,7 +57,8 @@ fn real_slices() -> Vec<u8> {
     let files = std::fs::read_dir(&folder).unwrap();
     let files = files.map(|entry| entry.unwrap().path());
     let is_dicom = |path: &PathBuf| path.extension().is_some_and(|end| end == "dcm");
-    let files: Vec<_> = files.filter(is_dicom).collect();
+    let mut files: Vec<_> = files.filter(is_dicom).collect();
+    files.sort();
     assert_eq!(files.len(), 40, "the series is whole");
     let mut preprocessor = Preprocessor::new(&PreprocessSpec::default()).unwrap();
     let mut images = vec![0; files.len() * TENSOR_BYTES];
