@@ -143,6 +143,10 @@ impl Kernel {
     /// Channels of a block of a 3 x 3 layer of so many input channels that this kernel runs fastest by Winograd; `None` where it
     /// does not. With `vpdpbusd`, which multiplies twice as many 8-bit as 16-bit pairs, a gain of 9/8 would be left, and reading
     /// 3.5 times the weights from the third level of the cache costs as much.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "Winograd in integers pays with AVX2 alone")
+    )]
     pub(crate) fn winograd_channels(self, n_inputs: usize) -> Option<usize> {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -227,6 +231,10 @@ pub(crate) enum WeightFormat {
     /// One byte, in the order of the activations.
     Bytes,
     /// Two bytes, and a vector holds the weights of even activations first, then those of odd ones.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "Winograd in integers pays with AVX2 alone")
+    )]
     EvenOddWords,
 }
 
@@ -369,6 +377,10 @@ pub(crate) fn conv_row(kernel: Kernel, row: &ConvRow<'_>, out: &mut [u8]) {
 }
 
 /// The inputs of one pooled output row of a layer packed for Winograd.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "Winograd in integers pays with AVX2 alone")
+)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WinogradRow<'a> {
     /// The layer.
@@ -388,6 +400,10 @@ pub(crate) struct WinogradRow<'a> {
 /// # Panics
 ///
 /// When this CPU lacks the kernel's instructions, the kernel has no such algorithm, or a slice is too short.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(unused_variables, reason = "Winograd in integers pays with AVX2 alone")
+)]
 pub(crate) fn winograd_row(
     kernel: Kernel,
     row: &WinogradRow<'_>,

@@ -122,6 +122,10 @@ pub(super) fn parts(n: usize, most: usize) -> impl Iterator<Item = std::ops::Ran
 }
 
 /// The windows of a row that are done at once.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "Winograd in integers pays with AVX2 alone")
+)]
 pub(super) fn window_parts(n_windows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     parts(n_windows, MAX_WINDOWS)
 }
