@@ -30,7 +30,8 @@ import numpy as np
 
 UNITS, DENSE, SIDE = (512, 256, 128), 256, 256
 # Of one step, relative: of the loss; of the norm of each tensor's gradient and update. Where two values of a pool's window are equal but for rounding,
-# float32 may send the gradient to the other. That is rare and of any size, in Keras' own float32 as well: so SPREAD times Keras' figure is allowed too.
+# float32 may send the gradient to the other: the probable cause of the largest figures, not isolated. Keras' own float32 has them as well: so SPREAD times
+# Keras' figure is allowed too.
 LIMITS = {"loss": 1e-6, "gradient": 1e-4, "update": 1e-4}
 SPREAD = 4
 
