@@ -49,7 +49,7 @@ chroot "$root" chgrp pe-edge /etc/pe-edge
 # The file of the configuration is the one thing that is changed below; it lies where that is possible.
 ln -s /run/edge.toml "$root/etc/pe-edge/edge.toml"
 install -m 0644 "$unit" "$root/etc/systemd/system/"
-cp "$model" "$root/root/model.onnx"
+cp "$model" "$root/etc/pe-edge/offered.onnx"
 ln -sf /dev/null "$root/etc/systemd/system/systemd-networkd-wait-online.service"
 rm -f "$root"/etc/systemd/system/multi-user.target.wants/*
 echo uninitialized > "$root/etc/machine-id"
@@ -73,7 +73,7 @@ check "and decided" says 'studies    1, 1 suspected'
 worker='cat /proc/$(pgrep -P $(systemctl show edge -p MainPID --value) | head -1)/status | grep -q "^Seccomp:.2"'
 check "its worker is confined" inside sh -c "$worker"
 check "it has no capability" inside sh -c 'grep -q "CapBnd:.0000000000000000" /proc/$(systemctl show edge -p MainPID --value)/status'
-check "root installs a model" inside edge model install /root/model.onnx --unsigned --config /etc/pe-edge/edge.toml
+check "root installs a model" inside edge model install /etc/pe-edge/offered.onnx --unsigned --config /etc/pe-edge/edge.toml
 check "it restarts" inside systemctl restart edge
 check "with the model that is on trial" says 'self-test: passed'
 check "and the study is still there" says 'studies    1, 1 suspected'
