@@ -4,12 +4,18 @@
 //! (qemu-user, as the tests for other CPUs use it) the kernel cannot run the program by itself; the emulator shows the guest its
 //! own idea of `/proc/self`, but not of `/proc/thread-self`, where the emulator's command line stands: the worker is then started
 //! through the same emulator with the same options.
+//!
+//! A process that is killed in the middle of this leaves a child that holds its locks until it has become a worker: [`until_let_go`].
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a lock is waited for that a killed process may have left with a child.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Environment variables that an emulator reads begin with this.
 const EMULATOR_PREFIX: &[u8] = b"QEMU_";
@@ -44,6 +50,26 @@ pub(crate) fn launch() -> io::Result<Launch> {
             })
         }
         _ => Ok(native(program)),
+    }
+}
+
+/// Takes what only one process may have, such as a locked folder. A child between fork and exec has a copy of every descriptor of its parent,
+/// and with them its locks (flock(2)), also when that parent has just been killed: what is held is tried again for a moment.
+///
+/// # Errors
+/// Those of the last attempt.
+pub(crate) fn until_let_go<T, E>(
+    mut attempt: impl FnMut() -> Result<T, E>,
+    is_held: impl Fn(&E) -> bool,
+) -> Result<T, E> {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Err(error) if is_held(&error) && start.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
     }
 }
 

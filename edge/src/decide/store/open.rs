@@ -19,6 +19,7 @@ use super::{
     SLICES, STATEMENTS, STUDIES, SliceRow, Statement, Store, StoreError, UNASSIGNED, json, parse,
 };
 use crate::intake::clock::Ages;
+use crate::launch::until_let_go;
 use crate::result::StudyResult;
 use crate::wire::Reason;
 
@@ -149,7 +150,10 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreEr
 fn open_file(path: &Path, present: &Present) -> Result<(Database, bool), StoreError> {
     let mut builder = Database::builder();
     builder.set_cache_size(CACHE_BYTES);
-    let database = builder.create(path)?;
+    let database = until_let_go(
+        || builder.create(path),
+        |error| matches!(error, redb::DatabaseError::DatabaseAlreadyOpen),
+    )?;
     let transaction = database.begin_write()?;
     let is_new = {
         let mut meta = transaction.open_table(META)?;

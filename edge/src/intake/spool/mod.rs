@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
+use crate::launch::until_let_go;
+
 pub(crate) use entry::Entry;
 pub(crate) use record::Header;
 use record::{BLOCK_BYTES, Record, record_bytes};
@@ -195,8 +197,14 @@ impl Spool {
             .create(folder)?;
         let folder_file = File::open(folder)?;
         let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-        rustix::fs::flock(&folder_file, exclusive)
-            .map_err(|_| SpoolError::InUse(folder.to_owned()))?;
+        let locked = until_let_go(
+            || rustix::fs::flock(&folder_file, exclusive),
+            |error| *error == rustix::io::Errno::WOULDBLOCK,
+        );
+        locked.map_err(|error| match error {
+            rustix::io::Errno::WOULDBLOCK => SpoolError::InUse(folder.to_owned()),
+            error => SpoolError::Io(error.into()),
+        })?;
         let recovered = recover::recover(folder)?;
         let shared = Arc::new(Shared {
             folder: folder.to_owned(),

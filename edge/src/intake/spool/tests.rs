@@ -435,6 +435,19 @@ fn folder_has_one_owner() {
 }
 
 #[test]
+fn lock_that_a_killed_process_left_with_its_child_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let left = File::open(folder.path()).unwrap();
+    rustix::fs::flock(&left, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let child = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(left);
+    });
+    drop(open(folder.path()));
+    child.join().unwrap();
+}
+
+#[test]
 fn foreign_files_in_the_folder_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let mut foreign = File::create(folder.path().join("notes.txt")).unwrap();
