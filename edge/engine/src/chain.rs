@@ -15,7 +15,7 @@ use tract_onnx::pb::{NodeProto, TensorProto, tensor_proto::DataType};
 
 use crate::graph::{Graph, dimensions, f32_elements, i32_elements, integer, is_zero};
 use crate::layers::{
-    NotAChain, is_of, is_plain_gemm, is_pool_of_two, is_valid_convolution, refuse,
+    NotAChain, Walk, is_of, is_plain_gemm, is_pool_of_two, is_valid_convolution, refuse,
 };
 
 /// A network that is one chain of quantized layers.
@@ -62,97 +62,72 @@ pub(crate) fn recognise(graph: &Graph<'_>) -> Result<Chain, NotAChain> {
     let Some(image) = input.image() else {
         return refuse(input.name, "not u8 of fixed channels, rows and columns");
     };
-    let mut walk = Walk {
-        graph,
-        value: input.name,
+    let mut quantized = QuantizedWalk {
+        walk: Walk {
+            graph,
+            value: input.name,
+        },
         scale: None,
     };
-    walk.dequantize()?;
+    quantized.dequantize()?;
     let mut chain = Chain {
         image,
         convolutions: Vec::new(),
         dense: Vec::new(),
     };
     loop {
-        let node = walk.reader()?;
+        let node = quantized.walk.reader()?;
         match node.op_type.as_str() {
-            "Conv" => chain.convolutions.push(walk.convolution(node)?),
+            "Conv" => chain.convolutions.push(quantized.convolution(node)?),
             "Flatten" => {
-                walk.flatten(node)?;
+                quantized.flatten(node)?;
                 break;
             }
             _ => return refuse(&node.name, "neither Conv nor Flatten"),
         }
     }
     loop {
-        let node = walk.reader()?;
+        let node = quantized.walk.reader()?;
         if node.op_type != "Gemm" {
             return refuse(&node.name, "not Gemm");
         }
-        chain.dense.push(walk.dense(node)?);
-        if walk.scale.is_none() {
+        chain.dense.push(quantized.dense(node)?);
+        if quantized.scale.is_none() {
             break;
         }
     }
-    walk.finish()?;
+    quantized.walk.finish()?;
     Ok(chain)
 }
 
-/// A position in the graph: the value that the next node reads.
-struct Walk<'g, 'a> {
-    graph: &'g Graph<'a>,
-    value: &'a str,
-    /// Scale of the quantized activations that `value` holds; `None` before the first DQ and after the last Gemm.
+/// A walk that knows the scale of the activations.
+struct QuantizedWalk<'g, 'a> {
+    walk: Walk<'g, 'a>,
+    /// Scale of the quantized activations that the present value holds; `None` before the first DQ and after the last Gemm.
     scale: Option<f32>,
 }
 
-impl<'a> Walk<'_, 'a> {
-    /// The only reader of the present value.
-    fn reader(&self) -> Result<&'a NodeProto, NotAChain> {
-        match self.graph.only_reader(self.value) {
-            Some(node) => Ok(node),
-            None => refuse(self.value, "not read by exactly one node"),
-        }
-    }
-
-    fn step(&mut self, node: &'a NodeProto) -> Result<(), NotAChain> {
-        match node.output.as_slice() {
-            [output] => {
-                self.value = output;
-                Ok(())
-            }
-            _ => refuse(&node.name, "not one output"),
-        }
-    }
-
-    /// Passes a node of this type if it comes next.
-    fn skip(&mut self, op_type: &str) -> Result<bool, NotAChain> {
-        match self.graph.only_reader(self.value) {
-            Some(node) if node.op_type == op_type => self.step(node).map(|()| true),
-            _ => Ok(false),
-        }
-    }
-
+impl<'a> QuantizedWalk<'_, 'a> {
     /// Passes DequantizeLinear; its scale becomes the scale of the activations.
     fn dequantize(&mut self) -> Result<f32, NotAChain> {
-        let node = self.reader()?;
+        let node = self.walk.reader()?;
         if node.op_type != "DequantizeLinear" {
             return refuse(&node.name, "not DequantizeLinear");
         }
         let scale = self.activation_scale(node)?;
-        self.step(node)?;
+        self.walk.step(node)?;
         self.scale = Some(scale);
         Ok(scale)
     }
 
     /// Passes QuantizeLinear and the DequantizeLinear after it, which must have the same scale.
     fn requantize(&mut self) -> Result<f32, NotAChain> {
-        let node = self.reader()?;
+        let node = self.walk.reader()?;
         if node.op_type != "QuantizeLinear" {
             return refuse(&node.name, "not QuantizeLinear");
         }
         let scale = self.activation_scale(node)?;
-        self.step(node)?;
+        self.walk.step(node)?;
         if self.dequantize()?.to_bits() != scale.to_bits() {
             return refuse(
                 &node.name,
@@ -165,12 +140,12 @@ impl<'a> Walk<'_, 'a> {
     /// Passes Q and DQ if they come next; they must keep the scale.
     fn requantize_unchanged(&mut self) -> Result<(), NotAChain> {
         let Some(scale) = self.scale else {
-            return refuse(self.value, "not quantized");
+            return refuse(self.walk.value, "not quantized");
         };
-        if self.reader()?.op_type == "QuantizeLinear"
+        if self.walk.reader()?.op_type == "QuantizeLinear"
             && self.requantize()?.to_bits() != scale.to_bits()
         {
-            return refuse(self.value, "scale changes where values only move");
+            return refuse(self.walk.value, "scale changes where values only move");
         }
         Ok(())
     }
@@ -182,11 +157,17 @@ impl<'a> Walk<'_, 'a> {
         };
         let zero_point = zero_point
             .first()
-            .and_then(|name| self.graph.constant(name));
+            .and_then(|name| self.walk.graph.constant(name));
         if !zero_point.is_some_and(|zero| is_of(zero, DataType::Uint8) && is_zero(zero)) {
             return refuse(&node.name, "zero point is not a constant u8 0");
         }
-        match self.graph.constant(scale).and_then(f32_elements).as_deref() {
+        match self
+            .walk
+            .graph
+            .constant(scale)
+            .and_then(f32_elements)
+            .as_deref()
+        {
             Some(&[scale]) if scale.is_normal() && scale > 0.0 => Ok(scale),
             _ => refuse(&node.name, "scale is not one positive constant"),
         }
@@ -199,6 +180,7 @@ impl<'a> Walk<'_, 'a> {
         }
         let mut layer = self.layer(node, 0)?;
         let shape = self
+            .walk
             .graph
             .constant(&layer.weights)
             .and_then(dimensions)
@@ -207,9 +189,9 @@ impl<'a> Walk<'_, 'a> {
             return refuse(&node.name, "kernel is not 3 x 3");
         }
         layer.n_inputs = shape[1];
-        self.step(node)?;
-        self.skip("Relu")?;
-        let before_pool = if self.reader()?.op_type == "QuantizeLinear" {
+        self.walk.step(node)?;
+        self.walk.skip("Relu")?;
+        let before_pool = if self.walk.reader()?.op_type == "QuantizeLinear" {
             Some(self.requantize()?)
         } else {
             None
@@ -218,7 +200,7 @@ impl<'a> Walk<'_, 'a> {
         let scale = match before_pool {
             Some(scale) => self.requantize_unchanged().map(|()| scale)?,
             None => {
-                self.skip("Relu")?;
+                self.walk.skip("Relu")?;
                 self.requantize()?
             }
         };
@@ -228,18 +210,18 @@ impl<'a> Walk<'_, 'a> {
 
     /// Passes a 2 x 2 MaxPool with stride 2.
     fn pool(&mut self) -> Result<(), NotAChain> {
-        let node = self.reader()?;
+        let node = self.walk.reader()?;
         if !is_pool_of_two(node) {
             return refuse(&node.name, "not MaxPool 2 x 2 with stride 2");
         }
-        self.step(node)
+        self.walk.step(node)
     }
 
     fn flatten(&mut self, node: &'a NodeProto) -> Result<(), NotAChain> {
         if integer(node, "axis").unwrap_or(1) != 1 {
             return refuse(&node.name, "axis is not 1");
         }
-        self.step(node)?;
+        self.walk.step(node)?;
         self.requantize_unchanged()
     }
 
@@ -251,6 +233,7 @@ impl<'a> Walk<'_, 'a> {
         let is_transposed = integer(node, "transB").unwrap_or(0) == 0;
         let mut layer = self.layer(node, usize::from(is_transposed))?;
         let shape = self
+            .walk
             .graph
             .constant(&layer.weights)
             .and_then(dimensions)
@@ -260,13 +243,14 @@ impl<'a> Walk<'_, 'a> {
         };
         layer.n_inputs = if is_transposed { outputs } else { inputs };
         layer.is_transposed = is_transposed;
-        self.step(node)?;
+        self.walk.step(node)?;
         let reader = self
+            .walk
             .graph
-            .only_reader(self.value)
+            .only_reader(self.walk.value)
             .map(|node| node.op_type.as_str());
         if matches!(reader, Some("Relu" | "QuantizeLinear")) {
-            self.skip("Relu")?;
+            self.walk.skip("Relu")?;
             layer.output_scale = Some(self.requantize()?);
         } else {
             self.scale = None;
@@ -279,7 +263,7 @@ impl<'a> Walk<'_, 'a> {
         let [input, weights, bias @ ..] = node.input.as_slice() else {
             return refuse(&node.name, "no weights");
         };
-        let Some(input_scale) = self.scale.filter(|_| input == self.value) else {
+        let Some(input_scale) = self.scale.filter(|_| input == self.walk.value) else {
             return refuse(&node.name, "input is not dequantized activations");
         };
         let (weights, weight_scales) = self.weights(node, weights, axis)?;
@@ -314,6 +298,12 @@ impl<'a> Walk<'_, 'a> {
         };
         if tensor.raw_data.len() != shape.iter().product::<usize>() {
             return refuse(&node.name, "weights are not raw bytes of their shape");
+        }
+        // The network takes them out of the file.
+        if [value, &tensor.name].map(|name| self.walk.graph.only_reader(name).is_some())
+            != [true; 2]
+        {
+            return refuse(&node.name, "weights are not its own");
         }
         match scales.len() {
             1 => scales.resize(n_channels, scales[0]),
@@ -364,6 +354,7 @@ impl<'a> Walk<'_, 'a> {
         element: DataType,
     ) -> Result<(&'a TensorProto, Vec<f32>, i64), NotAChain> {
         let dequantize = self
+            .walk
             .graph
             .producer(value)
             .filter(|producer| producer.op_type == "DequantizeLinear");
@@ -374,10 +365,11 @@ impl<'a> Walk<'_, 'a> {
             return refuse(&dequantize.name, "no scale");
         };
         let zero_point = zero_point.first().filter(|name| !name.is_empty());
-        if !zero_point.is_none_or(|name| self.graph.constant(name).is_some_and(is_zero)) {
+        if !zero_point.is_none_or(|name| self.walk.graph.constant(name).is_some_and(is_zero)) {
             return refuse(&dequantize.name, "zero point is not a constant 0");
         }
         let Some(tensor) = self
+            .walk
             .graph
             .constant(tensor)
             .filter(|tensor| is_of(tensor, element))
@@ -387,24 +379,13 @@ impl<'a> Walk<'_, 'a> {
                 "input is not a constant of the expected type",
             );
         };
-        match self.graph.constant(scale).and_then(f32_elements) {
+        match self.walk.graph.constant(scale).and_then(f32_elements) {
             Some(scales)
                 if !scales.is_empty() && scales.iter().all(|s| s.is_normal() && *s > 0.0) =>
             {
                 Ok((tensor, scales, integer(dequantize, "axis").unwrap_or(1)))
             }
             _ => refuse(&dequantize.name, "scales are not positive constants"),
-        }
-    }
-
-    /// The last value must be an output named `logit`, or the first output; only a Sigmoid may follow.
-    fn finish(&self) -> Result<(), NotAChain> {
-        if !self.graph.outputs().any(|output| output == self.value) {
-            return refuse(self.value, "the last layer is not an output");
-        }
-        match self.graph.only_reader(self.value) {
-            Some(node) if node.op_type != "Sigmoid" => refuse(&node.name, "follows the logit"),
-            _ => Ok(()),
         }
     }
 }

@@ -7,6 +7,7 @@
 //! `clamp(round_half_even(f32(bias + sum w (a - z)) x scale) + y, lowest, 255)`; `- z sum w` is folded into the bias.
 
 use crate::kernels::{self, Kernel};
+use crate::model::MAX_MAP_BYTES;
 
 /// Patches are padded with zeros to a multiple of the widest vector.
 const PATCH_STEP: usize = 64;
@@ -82,7 +83,8 @@ impl GeneralConvolution {
         })
     }
 
-    /// Rows and columns of the output; `None` where the kernel does not fit the padded image.
+    /// Rows and columns of the output; `None` where the kernel does not fit the padded image, or that or the output is larger than
+    /// [`MAX_MAP_BYTES`].
     pub(crate) fn output_size(&self, image: [usize; 2]) -> Option<[usize; 2]> {
         let Definition {
             shape,
@@ -96,7 +98,13 @@ impl GeneralConvolution {
                 .checked_mul(dilations[axis])?
                 .checked_add(1)
         };
-        windows(image, [covered(0)?, covered(1)?], *strides, *pads)
+        let size = windows(image, [covered(0)?, covered(1)?], *strides, *pads)?;
+        let padded = [image[0] + pads[0] + pads[2], image[1] + pads[1] + pads[3]];
+        let fits = |n: usize, [rows, columns]: [usize; 2]| {
+            let bytes = n.checked_mul(rows).and_then(|n| n.checked_mul(columns));
+            bytes.is_some_and(|bytes| bytes as u64 <= MAX_MAP_BYTES)
+        };
+        (fits(self.n_inputs(), padded) && fits(self.n_outputs(), size)).then_some(size)
     }
 
     /// Input channels, all groups together.

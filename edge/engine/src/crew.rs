@@ -65,6 +65,11 @@ impl Meeting {
         }
     }
 
+    /// Counts threads as here that do not exist. To be called by one that comes to the same meeting afterwards.
+    fn excuse(&self, n_missing: usize) {
+        self.n_here.fetch_add(n_missing, Ordering::AcqRel);
+    }
+
     /// Waits until every thread of the crew is here. What each did before is seen by all after.
     pub(crate) fn wait(&self) {
         let round = self.round.load(Ordering::Acquire);
@@ -107,29 +112,38 @@ struct Shared<W> {
 impl<W: Work> Crew<W> {
     /// Allocates every thread's buffers and starts `n_threads - 1` helpers.
     pub(crate) fn new(work: W, n_threads: usize) -> std::io::Result<Self> {
-        let place = |index| Place { index, n_threads };
+        let mut crew = Self::alone(work, n_threads);
+        (1..n_threads).try_for_each(|index| crew.start_helper(index))?;
+        Ok(crew)
+    }
+
+    /// A crew whose helpers are still to be started.
+    fn alone(work: W, n_threads: usize) -> Self {
         let image_bytes = if n_threads > 1 { work.image_bytes() } else { 0 };
-        let worker = work.worker(place(0));
+        let index = 0;
+        let worker = work.worker(Place { index, n_threads });
         let shared = Arc::new(Shared {
             work,
             image: RwLock::new(vec![0; image_bytes]),
             meeting: Meeting::new(n_threads),
             is_stopping: AtomicBool::new(false),
         });
-        let mut crew = Self {
+        Self {
             shared,
             worker,
             helpers: Vec::new(),
             n_threads,
-        };
-        for index in 1..n_threads {
-            let shared = Arc::clone(&crew.shared);
-            let mut worker = shared.work.worker(place(index));
-            let helper = std::thread::Builder::new().name(format!("engine-{index}"));
-            crew.helpers
-                .push(helper.spawn(move || shared.help(&mut worker))?);
         }
-        Ok(crew)
+    }
+
+    fn start_helper(&mut self, index: usize) -> std::io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let n_threads = self.n_threads;
+        let mut worker = shared.work.worker(Place { index, n_threads });
+        let helper = std::thread::Builder::new().name(format!("engine-{index}"));
+        let helper = helper.spawn(move || shared.help(&mut worker))?;
+        self.helpers.push(helper);
+        Ok(())
     }
 
     /// The logit of one image of [`Work::image_bytes`] u8.
@@ -175,13 +189,16 @@ impl<W: Work> Shared<W> {
 
 impl<W: Work> Drop for Crew<W> {
     fn drop(&mut self) {
-        // Only where every helper was started do they wait at the barrier with us; otherwise they are left waiting.
         self.shared.is_stopping.store(true, Ordering::Relaxed);
-        if self.helpers.len() + 1 == self.n_threads && !self.helpers.is_empty() {
-            self.shared.meeting.wait();
-            for helper in self.helpers.drain(..) {
-                drop(helper.join());
-            }
+        if self.helpers.is_empty() {
+            return;
+        }
+        // Helpers that the system refused to start do not come to the last meeting.
+        let n_missing = self.n_threads - 1 - self.helpers.len();
+        self.shared.meeting.excuse(n_missing);
+        self.shared.meeting.wait();
+        for helper in self.helpers.drain(..) {
+            drop(helper.join());
         }
     }
 }
@@ -189,6 +206,36 @@ impl<W: Work> Drop for Crew<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    struct Nothing;
+
+    impl Work for Nothing {
+        type Worker = ();
+
+        fn worker(&self, _place: Place) {}
+
+        fn run(&self, _worker: &mut (), _image: &[u8], _meeting: &Meeting) -> f32 {
+            0.0
+        }
+
+        fn image_bytes(&self) -> usize {
+            1
+        }
+    }
+
+    #[test]
+    fn helpers_end_with_their_crew_even_where_one_could_not_be_started() {
+        for n_started in 0..=3 {
+            let mut crew = Crew::alone(Nothing, 4);
+            (1..=n_started).for_each(|index| crew.start_helper(index).unwrap());
+            let shared = Arc::downgrade(&crew.shared);
+            drop(crew);
+            assert!(
+                shared.upgrade().is_none(),
+                "{n_started} helpers were started"
+            );
+        }
+    }
 
     /// More threads than cores, so that some look out and some sleep.
     #[test]

@@ -1,8 +1,8 @@
-//! What the nodes of a chain must look like, quantized or not.
+//! What a chain must look like, quantized or not: the walk along it, and its nodes.
 
 use tract_onnx::pb::{NodeProto, TensorProto, tensor_proto::DataType};
 
-use crate::graph::{float, integer, integers};
+use crate::graph::{Graph, float, integer, integers};
 
 /// Why a graph is not one chain.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,6 +19,55 @@ pub(crate) fn refuse<T>(node: &str, reason: &'static str) -> Result<T, NotAChain
         node: node.to_owned(),
         reason,
     })
+}
+
+/// A position in the graph: the value that the next node reads.
+///
+/// No value is defined twice, and each step goes from a node's first input to its only output. So the walk meets no value again and ends.
+#[derive(Debug)]
+pub(crate) struct Walk<'g, 'a> {
+    pub(crate) graph: &'g Graph<'a>,
+    pub(crate) value: &'a str,
+}
+
+impl<'a> Walk<'_, 'a> {
+    /// The only reader of the present value.
+    pub(crate) fn reader(&self) -> Result<&'a NodeProto, NotAChain> {
+        match self.graph.only_reader(self.value) {
+            Some(node) if node.input.first().is_some_and(|input| input == self.value) => Ok(node),
+            _ => refuse(self.value, "not the first input of exactly one node"),
+        }
+    }
+
+    /// Passes a node.
+    pub(crate) fn step(&mut self, node: &'a NodeProto) -> Result<(), NotAChain> {
+        match node.output.as_slice() {
+            [output] => {
+                self.value = output;
+                Ok(())
+            }
+            _ => refuse(&node.name, "not one output"),
+        }
+    }
+
+    /// Passes a node of this type if it comes next.
+    pub(crate) fn skip(&mut self, op_type: &str) -> Result<bool, NotAChain> {
+        match self.reader() {
+            Ok(node) if node.op_type == op_type => self.step(node).map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
+    /// The present value must be an output; only a Sigmoid may follow.
+    pub(crate) fn finish(&self) -> Result<(), NotAChain> {
+        if !self.graph.outputs().any(|output| output == self.value) {
+            return refuse(self.value, "the last layer is not an output");
+        }
+        match self.graph.only_reader(self.value) {
+            Some(node) if node.op_type != "Sigmoid" => refuse(&node.name, "follows the logit"),
+            _ => Ok(()),
+        }
+    }
 }
 
 fn is_absent_or(node: &NodeProto, name: &str, expected: &[i64]) -> bool {

@@ -6,6 +6,9 @@
 
 use crate::convolution::{requantize, windows};
 
+/// Most positions of a window: their sum stays in 32 bits, and their number is exact in f32.
+pub(crate) const MAX_POSITIONS: usize = 1 << 23;
+
 /// ONNX `AveragePool-11` or `GlobalAveragePool-1` between DequantizeLinear and QuantizeLinear.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Mean {
@@ -23,10 +26,10 @@ pub(crate) struct Mean {
 }
 
 impl Mean {
-    /// Rows and columns of the output; `None` where the window does not fit the padded image.
+    /// Rows and columns of the output; `None` where the window does not fit the padded image or is too large.
     pub(crate) fn output_size(&self, image: [usize; 2]) -> Option<[usize; 2]> {
         match self.kernel {
-            None => Some([1, 1]),
+            None => (image[0].checked_mul(image[1])? <= MAX_POSITIONS).then_some([1, 1]),
             Some(kernel) => windows(image, kernel, self.strides, self.pads),
         }
     }
@@ -67,7 +70,7 @@ impl Mean {
 
     #[expect(
         clippy::cast_precision_loss,
-        reason = "a window has at most 2^24 positions, as the loader checks"
+        reason = "a window has at most 2^23 positions"
     )]
     fn scale(&self, n: usize) -> f32 {
         let [input, output] = self.scales;
@@ -100,17 +103,29 @@ mod tests {
 
     #[test]
     fn whole_image_is_one_mean_a_channel() {
-        let mean = Mean {
+        let mean = of_all();
+        let mut out = [0; 2];
+        mean.run(&[1, 2, 3, 4, 200, 200, 200, 200], [2, 2], &mut out);
+        // 2.5 / 0.25 and 200 / 0.25, which saturates.
+        assert_eq!(out, [10, 255]);
+    }
+
+    fn of_all() -> Mean {
+        Mean {
             kernel: None,
             strides: [1, 1],
             pads: [0; 4],
             counts_padding: false,
             scales: [1.0, 0.25],
             zeros: [0, 0],
-        };
-        let mut out = [0; 2];
-        mean.run(&[1, 2, 3, 4, 200, 200, 200, 200], [2, 2], &mut out);
-        // 2.5 / 0.25 and 200 / 0.25, which saturates.
-        assert_eq!(out, [10, 255]);
+        }
+    }
+
+    #[test]
+    fn a_sum_that_could_leave_32_bits_is_refused() {
+        let sides = [1 << 12, 1 << 11];
+        assert_eq!(of_all().output_size(sides), Some([1, 1]));
+        assert_eq!(of_all().output_size([sides[0], sides[1] + 1]), None);
+        assert!(MAX_POSITIONS * 255 <= i32::MAX as usize);
     }
 }

@@ -3,6 +3,7 @@
 //! In: the bytes of an ONNX file. Out: a [`Model`], which holds everything that does not change, and [`Session`]s, which hold
 //! the buffers of a run. A file that is one chain of layers, quantized or float, runs on our kernels alone; any other runs through tract.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use prost::Message as _;
@@ -23,6 +24,12 @@ use crate::tract::TractModel;
 
 /// Most threads of a session.
 pub const MAX_THREADS: usize = 64;
+
+/// Largest image, in bytes.
+pub const MAX_IMAGE_BYTES: u64 = 64 << 20;
+
+/// Most memory of a network's feature maps, in bytes; where tract runs it, of one tensor.
+pub const MAX_MAP_BYTES: u64 = 1 << 30;
 
 /// How a model is to run. `Options::default()` takes the fastest kernel, one thread and the file's own arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +104,22 @@ pub enum LoadError {
         /// Name of the ONNX node.
         layer: String,
     },
+    /// Two constants, nodes or inputs have the same name, so that nobody knows which is meant.
+    #[error("value {value} is defined twice")]
+    DefinedTwice {
+        /// Name of the ONNX value.
+        value: String,
+    },
+    /// The image or the feature maps are larger than anything that is meant to run here.
+    #[error("{what}: {bytes} bytes, at most {limit} are allowed")]
+    Size {
+        /// The image, or the name of an ONNX node.
+        what: String,
+        /// Bytes that it takes; [`u64::MAX`] where they are beyond.
+        bytes: u64,
+        /// Bytes that it may take.
+        limit: u64,
+    },
     /// This CPU lacks the instructions of the kernel that was asked for.
     #[error("kernel {0} cannot run on this CPU")]
     Kernel(Kernel),
@@ -168,6 +191,7 @@ impl Model {
         }
         let mut proto = ModelProto::decode(onnx)?;
         check_finite(&proto)?;
+        check_names(&proto)?;
         let text = proto
             .metadata_props
             .iter()
@@ -259,6 +283,41 @@ impl Model {
     }
 }
 
+/// ONNX gives every value one definition (IR specification, "SSA"). A constant may be listed among the inputs too.
+fn check_names(proto: &ModelProto) -> Result<(), LoadError> {
+    let Some(graph) = &proto.graph else {
+        return Ok(());
+    };
+    let mut constants = HashSet::new();
+    let initializers = graph.initializer.iter().map(|tensor| tensor.name.as_str());
+    let twice = initializers.clone().find(|name| !constants.insert(*name));
+    let inputs = graph.input.iter().map(|input| input.name.as_str());
+    let inputs = inputs.filter(|name| !constants.contains(name));
+    // An output that nobody wants has no name.
+    let outputs = graph.node.iter().flat_map(|node| &node.output);
+    let outputs = outputs.map(String::as_str).filter(|name| !name.is_empty());
+    let mut defined = constants.clone();
+    let twice = twice.or_else(|| inputs.chain(outputs).find(|name| !defined.insert(name)));
+    match twice {
+        Some(value) => Err(LoadError::DefinedTwice {
+            value: value.to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what is larger than a limit.
+pub(crate) fn check_size(what: &str, bytes: Option<u64>, limit: u64) -> Result<(), LoadError> {
+    match bytes {
+        Some(bytes) if bytes <= limit => Ok(()),
+        _ => Err(LoadError::Size {
+            what: what.to_owned(),
+            bytes: bytes.unwrap_or(u64::MAX),
+            limit,
+        }),
+    }
+}
+
 /// Constants stand among the initializers or, each by itself, in a node (ONNX Constant-13).
 fn check_finite(proto: &ModelProto) -> Result<(), LoadError> {
     let Some(graph) = &proto.graph else {
@@ -303,6 +362,12 @@ fn program(
     };
     let float_kernel = || FloatKernel::like(options.kernel).ok_or(LoadError::Kernel(kernel));
     let graph = Graph::new(graph);
+    if let Some(image) = graph.image_input().and_then(|input| input.image()) {
+        let bytes = image
+            .iter()
+            .try_fold(1, |n: u64, &size| n.checked_mul(size as u64));
+        check_size("the image", bytes, MAX_IMAGE_BYTES)?;
+    }
     let reason = match recognise(&graph) {
         Ok(chain) if options.is_float => {
             let network = FloatNetwork::of_quantized(chain, proto, float_kernel()?)?;

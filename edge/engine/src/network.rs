@@ -11,7 +11,7 @@ use tract_onnx::pb::ModelProto;
 
 use crate::chain::{Chain, Layer};
 use crate::kernels::{Kernel, PackedBlock, Unpacked, WinogradLayer, is_exact, pack};
-use crate::model::LoadError;
+use crate::model::{LoadError, MAX_MAP_BYTES, check_size};
 use crate::patches::{arrange_filter, patch_bytes};
 
 /// Channels of an activation row are padded to a multiple of this.
@@ -120,6 +120,7 @@ impl Network {
             convolutions.push(convolution);
         }
         trim(&mut convolutions);
+        check_maps(&convolutions)?;
         let mut n_inputs = shape.iter().product();
         let mut dense = Vec::new();
         for layer in chain.dense {
@@ -154,6 +155,24 @@ fn trim(convolutions: &mut [Convolution]) {
             *pooled = read.min(*pooled);
         }
     }
+}
+
+/// The maps must fit into memory: an image's size and a layer's number of channels stand in the file and cost nothing there.
+fn check_maps(convolutions: &[Convolution]) -> Result<(), LoadError> {
+    let mut total = Some(0_u64);
+    for convolution in convolutions {
+        let bytes = [
+            convolution.pooled[0],
+            convolution.pooled[1],
+            convolution.channel_stride(),
+        ];
+        let bytes = bytes
+            .iter()
+            .try_fold(1, |n: u64, &size| n.checked_mul(size as u64));
+        total = total.zip(bytes).and_then(|(total, n)| total.checked_add(n));
+        check_size(&convolution.name, total, MAX_MAP_BYTES)?;
+    }
+    Ok(())
 }
 
 /// Takes the bytes of an initializer.
@@ -212,12 +231,21 @@ fn check(name: &str, weights: &[u8], bias: &[i32]) -> Result<(), LoadError> {
     Ok(())
 }
 
-fn scales(layer: &Layer) -> Vec<f32> {
-    let scale = |&weight: &f32| match layer.output_scale {
-        Some(output) => requantize_scale(layer.input_scale, weight, output),
-        None => layer.input_scale * weight,
+/// Accumulator to output. Finite: kernels do not agree on what infinity times an accumulator of 0 is.
+fn scales(layer: &Layer) -> Result<Vec<f32>, LoadError> {
+    let scale = |(channel, &weight): (usize, &f32)| {
+        let scale = match layer.output_scale {
+            Some(output) => requantize_scale(layer.input_scale, weight, output),
+            None => layer.input_scale * weight,
+        };
+        match scale.is_finite() {
+            true => Ok(scale),
+            false => Err(LoadError::NotFinite {
+                tensor: format!("layer {}, scale of output channel {channel}", layer.name),
+            }),
+        }
     };
-    layer.weight_scales.iter().map(scale).collect()
+    layer.weight_scales.iter().enumerate().map(scale).collect()
 }
 
 fn convolution(
@@ -232,7 +260,7 @@ fn convolution(
     };
     let weights = take(proto, &layer.weights);
     let n_channels = layer.bias.len();
-    let filter = channels * KERNEL_SIDE * KERNEL_SIDE;
+    let filter = layer.n_inputs * KERNEL_SIDE * KERNEL_SIDE;
     let pooled = [rows, columns].map(|n| n.saturating_sub(KERNEL_SIDE - 1) / 2);
     if layer.n_inputs != channels || weights.len() != n_channels * filter || pooled.contains(&0) {
         return Err(shape_error());
@@ -250,7 +278,7 @@ fn convolution(
     } else {
         KERNEL_SIDE * column_bytes
     };
-    let scale = scales(&layer);
+    let scale = scales(&layer)?;
     let winograd = kernel
         .winograd_channels(channels)
         .filter(|_| !is_first && is_exact(&weights, n_channels));
@@ -335,7 +363,7 @@ fn dense_layer(layer: Layer, proto: &mut ModelProto, n_inputs: usize) -> Result<
     }
     check(&layer.name, &weights, &layer.bias)?;
     Ok(Dense {
-        scale: scales(&layer),
+        scale: scales(&layer)?,
         name: layer.name,
         weights,
         n_inputs,

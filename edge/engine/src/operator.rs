@@ -66,9 +66,10 @@ impl Layer {
         }
     }
 
-    /// Shape of an output behind the batch, for such inputs; `None` where they do not fit.
+    /// Shape of an output behind the batch, for such inputs; `None` where they do not fit or hold nothing.
     fn output_shape(&self, inputs: &[&[usize]]) -> Option<Vec<usize>> {
         match (self, inputs) {
+            _ if inputs.iter().any(|size| size.contains(&0)) => None,
             (Self::Convolution(convolution), &[&[channels, rows, columns]]) => {
                 let [rows, columns] = convolution.output_size([rows, columns])?;
                 let shape = vec![convolution.n_outputs(), rows, columns];

@@ -16,7 +16,7 @@ use crate::graph::{
     Graph, dimensions, f32_elements, float, i32_elements, integer, integers, is_zero,
 };
 use crate::kernels::Kernel;
-use crate::mean::Mean;
+use crate::mean::{MAX_POSITIONS, Mean};
 use crate::sum::Sum;
 
 /// What was replaced.
@@ -97,7 +97,8 @@ fn replacement(graph: &Graph<'_>, node: &NodeProto, kernel: Kernel) -> Option<No
                 zeros: [a.zero, b.zero, output.zero],
                 lowest: output.lowest,
             };
-            (attributes::SUM, inputs, output.name, of_sum(&sum))
+            let attribute = sum.is_finite().then(|| of_sum(&sum))?;
+            (attributes::SUM, inputs, output.name, attribute)
         }
         "AveragePool" | "GlobalAveragePool" => {
             let inputs: Vec<Activation> = inputs().collect::<Option<_>>()?;
@@ -192,6 +193,10 @@ impl Parameters {
             .filter(|node| node.op_type == "DequantizeLinear")?;
         let (weights, scales) = parameter(graph, weights_node, DataType::Int8)?;
         let shape = dimensions(weights)?;
+        if weights.raw_data.is_empty() || weights.raw_data.len() != shape.iter().product::<usize>()
+        {
+            return None;
+        }
         let &outputs = shape.first()?;
         let scales = per_output(scales, outputs)?;
         let axis = integer(weights_node, "axis").unwrap_or(1);
@@ -216,16 +221,17 @@ impl Parameters {
         };
         Some(Self {
             shape,
-            weights: (!weights.raw_data.is_empty()).then(|| weights.raw_data.clone())?,
+            weights: weights.raw_data.clone(),
             scales,
             bias,
         })
     }
 
-    /// Accumulator to output.
-    fn requantize_scales(&self, input: f32, output: f32) -> Vec<f32> {
+    /// Accumulator to output; `None` where one is not finite.
+    fn requantize_scales(&self, input: f32, output: f32) -> Option<Vec<f32>> {
         let scale = |&weight| shared::quantize::requantize_scale(input, weight, output);
-        self.scales.iter().map(scale).collect()
+        let scales = self.scales.iter().map(scale);
+        scales.map(|s| s.is_finite().then_some(s)).collect()
     }
 }
 
@@ -245,7 +251,7 @@ fn convolution(
 ) -> Option<Definition> {
     let parameters = Parameters::of(graph, node, input.scale)?;
     Some(Definition {
-        scale: parameters.requantize_scales(input.scale, output.scale),
+        scale: parameters.requantize_scales(input.scale, output.scale)?,
         shape: parameters.shape.try_into().ok()?,
         groups: size(integer(node, "group").unwrap_or(1))?,
         strides: sizes(node, "strides", 1)?,
@@ -282,8 +288,8 @@ fn dense(
         input_zero: input.zero,
         output: output.map(|output| [output.zero, output.lowest]),
         scale: match output {
-            Some(output) => parameters.requantize_scales(input.scale, output.scale),
-            None => parameters.scales.iter().map(|s| input.scale * s).collect(),
+            Some(output) => parameters.requantize_scales(input.scale, output.scale)?,
+            None => parameters.requantize_scales(input.scale, 1.0)?,
         },
         weights: parameters.weights,
         bias: parameters.bias,
@@ -300,11 +306,13 @@ fn mean(node: &NodeProto, input: &Activation, output: &Activation) -> Option<Mea
     let (strides, pads) = (sizes(node, "strides", 1)?, pads(node)?);
     let fits = |kernel: [usize; 2]| {
         (0..4).all(|side| pads[side] < kernel[side % 2])
+            && kernel[0] * kernel[1] <= MAX_POSITIONS
             && !strides.contains(&0)
             && integer(node, "ceil_mode").unwrap_or(0) == 0
     };
     // A Relu behind a mean does nothing to what is at least the zero point, and is not expected otherwise.
-    (kernel.is_none_or(fits) && output.lowest == 0).then_some(Mean {
+    let is_finite = (input.scale / output.scale).is_finite();
+    (kernel.is_none_or(fits) && output.lowest == 0 && is_finite).then_some(Mean {
         kernel,
         strides,
         pads,

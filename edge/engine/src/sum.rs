@@ -17,6 +17,12 @@ pub(crate) struct Sum {
 }
 
 impl Sum {
+    /// Whether every term is finite.
+    pub(crate) fn is_finite(&self) -> bool {
+        let [a, b, y] = self.scales;
+        (255.0 * (a / y)).is_finite() && (255.0 * (b / y)).is_finite()
+    }
+
     /// Adds into `out`.
     ///
     /// # Panics
@@ -67,6 +73,18 @@ mod tests {
                 "{a} + {b}: {y}, expected {expected}"
             );
         }
+    }
+
+    #[test]
+    fn a_scale_that_is_not_finite_once_divided_is_noticed() {
+        let of = |scales| Sum {
+            scales,
+            zeros: [0; 3],
+            lowest: 0,
+        };
+        assert!(of([0.5, 0.25, 0.125]).is_finite());
+        assert!(!of([1e10, 0.25, 1e-30]).is_finite());
+        assert!(!of([0.5, 1e37, 1.0]).is_finite());
     }
 
     /// Pairs of which another order or rounding of the constant part gives a neighbour; outputs by onnxruntime's `QLinearAdd` with AVX2.

@@ -2,6 +2,7 @@
 //!
 //! In: the ONNX protobuf. Out: a plan for one image. The bits of float files differ between CPUs.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,14 +10,14 @@ use tract_onnx::pb::tensor_shape_proto::dimension;
 use tract_onnx::pb::{ModelProto, type_proto};
 use tract_onnx::prelude::{
     Datum, Framework, InferenceFact, InferenceModelExt, IntoRunnable, Tensor, TractError,
-    TypedRunnableModel, tvec,
+    TypedModel, TypedRunnableModel, tvec,
 };
 
 use tract_onnx::tract_core;
 
 use crate::graph::Graph;
 use crate::kernels::{Kernel, cpu_time};
-use crate::model::{LoadError, RunError};
+use crate::model::{LoadError, MAX_MAP_BYTES, RunError};
 use crate::operator::{Operator, register};
 use crate::partial::{Replaced, replace_layers};
 
@@ -54,7 +55,8 @@ impl TractModel {
         reason: String,
         kernel: Kernel,
     ) -> Result<Self, LoadError> {
-        Self::optimise(proto, reason, kernel).map_err(|error| LoadError::Tract(error.into()))
+        caught(|| Self::optimise(proto, reason, kernel))
+            .map_err(|error| LoadError::Tract(error.into()))
     }
 
     fn optimise(
@@ -88,6 +90,8 @@ impl TractModel {
         let output = model.output_outlets()?.get(logit).copied();
         model.select_output_outlets(output.as_slice())?;
         let model = model.with_input_fact(0, InferenceFact::dt_shape(u8::datum_type(), shape))?;
+        let model = model.into_typed()?;
+        check_tensors(&model)?;
         Ok(Self {
             plan: model.into_optimized()?.into_runnable()?,
             shape,
@@ -102,7 +106,7 @@ impl TractModel {
         &self.reason
     }
 
-    /// The kernel of our operator.
+    /// The kernel of our operators.
     pub(crate) fn kernel(&self) -> Kernel {
         self.kernel
     }
@@ -119,8 +123,7 @@ impl TractModel {
 
     /// Runs one image and reports each node with its CPU time, in order of execution.
     pub(crate) fn layer_times(&self, image: &[u8]) -> Result<Vec<NodeTime>, RunError> {
-        self.time(image)
-            .map_err(|error| RunError::Tract(error.into()))
+        caught(|| self.time(image)).map_err(|error| RunError::Tract(error.into()))
     }
 
     fn time(&self, image: &[u8]) -> Result<Vec<NodeTime>, TractError> {
@@ -154,8 +157,7 @@ impl TractModel {
 
     /// The logit of one image.
     pub(crate) fn logit(&self, image: &[u8]) -> Result<f32, RunError> {
-        self.run(image)
-            .map_err(|error| RunError::Tract(error.into()))
+        caught(|| self.run(image)).map_err(|error| RunError::Tract(error.into()))
     }
 
     fn run(&self, image: &[u8]) -> Result<f32, TractError> {
@@ -173,6 +175,41 @@ impl TractModel {
             .copied()
             .ok_or_else(|| TractError::msg("the graph has no f32 output"))
     }
+}
+
+/// tract panics at some graphs that make no sense, where an error is due.
+fn caught<T>(work: impl FnOnce() -> Result<T, TractError>) -> Result<T, TractError> {
+    // Nothing that the work had in hand is used once it has panicked, but for a plan, which runs do not change.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(TractError::msg(format!(
+            "the graph makes no sense to it: {}",
+            text.unwrap_or("it panicked")
+        )))
+    })
+}
+
+/// Refuses a graph with a tensor larger than [`MAX_MAP_BYTES`]: sizes stand in the file and cost nothing there.
+fn check_tensors(model: &TypedModel) -> Result<(), TractError> {
+    for node in &model.nodes {
+        for output in &node.outputs {
+            let sizes = output.fact.shape.as_concrete();
+            let bytes = sizes.and_then(|sizes| {
+                let of_one = output.fact.datum_type.size_of();
+                sizes
+                    .iter()
+                    .try_fold(of_one, |n, &size| n.checked_mul(size))
+            });
+            if bytes.is_none_or(|bytes| bytes as u64 > MAX_MAP_BYTES) {
+                return Err(TractError::msg(format!(
+                    "{}: its output {:?} is not of fixed size or takes more than {MAX_MAP_BYTES} bytes",
+                    node.name, output.fact
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Sets the first dimension of every input to 1: a plan is for one image, and tract keeps a named dimension apart from a number.

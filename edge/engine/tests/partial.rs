@@ -69,3 +69,26 @@ fn layers_of_another_graph_run_on_our_kernels_to_the_bit() {
         assert_eq!(logits.map(f32::to_bits).as_slice(), expected, "{kernel}");
     }
 }
+
+/// The network takes weights out of the file, so they must be one layer's own.
+#[test]
+fn two_layers_with_the_same_weights_run_on_our_kernels() {
+    let image = [3, 46, 38];
+    let mut network = Network::random(33, image, &[8, 8, 8], &[1]);
+    network.convolutions[2].weights = network.convolutions[1].weights.clone();
+    let mut model = ModelProto::decode(network.file().as_slice()).unwrap();
+    let graph = model.graph.as_mut().unwrap();
+    let weights = graph
+        .initializer
+        .iter()
+        .filter(|tensor| tensor.dims.len() == 4);
+    let weights: Vec<String> = weights.map(|tensor| tensor.name.clone()).collect();
+    let inputs = graph.node.iter_mut().flat_map(|node| &mut node.input);
+    let of_the_last = inputs.filter(|input| **input == weights[2]);
+    of_the_last.for_each(|input| *input = weights[1].clone());
+    let model = Model::load(&model.encode_to_vec(), &Options::default()).unwrap();
+    let pixels = Random::new(34).bytes(image.iter().product());
+    let mut logit = [0.0];
+    model.session().logits(&pixels, &mut logit).unwrap();
+    assert_eq!(logit[0].to_bits(), network.logit(&pixels).to_bits());
+}

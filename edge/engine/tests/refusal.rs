@@ -91,6 +91,60 @@ fn a_constant_that_is_a_node_and_not_finite_is_refused() {
     }
 }
 
+/// Scales that are finite and make one that is not: kernels do not agree on what it does to a sum of 0.
+#[test]
+fn a_scale_that_is_not_finite_once_multiplied_is_refused() {
+    let mut network = network();
+    network.dense[0].weight_scales.fill(1e20);
+    network.dense[0].output_scale = Some(1e-30);
+    network.dense[1].input_scale = 1e-30;
+    assert!(matches!(load(&network), Err(LoadError::NotFinite { .. })));
+
+    let mut network = self::network();
+    network.dense[1].weight_scales.fill(3e38);
+    let options = Options {
+        is_float: true,
+        ..Options::default()
+    };
+    assert!(matches!(
+        Model::load(&network.file(), &options),
+        Err(LoadError::NotFinite { .. })
+    ));
+}
+
+/// Behind the first layer the walk would come to the first layer again.
+#[test]
+fn a_value_that_is_defined_twice_is_refused() {
+    let mut proto = ModelProto::decode(network().file().as_slice()).unwrap();
+    let nodes = &mut proto.graph.as_mut().unwrap().node;
+    let second = nodes
+        .iter()
+        .rposition(|node| node.op_type == "Conv")
+        .unwrap();
+    let first_value = nodes[0].output[0].clone();
+    let its_input = nodes[second].input[0].clone();
+    let before = nodes.iter_mut().find(|node| node.output[0] == its_input);
+    before.unwrap().output[0] = first_value.clone();
+    nodes.remove(second);
+    let refused = Model::load(&proto.encode_to_vec(), &Options::default());
+    assert!(matches!(refused, Err(LoadError::DefinedTwice { value }) if value == first_value));
+}
+
+#[test]
+fn images_and_maps_beyond_any_use_are_refused() {
+    let refused = |network: Network| match load(&network) {
+        Err(LoadError::Size { what, bytes, .. }) => (what, bytes),
+        other => panic!("{other:?}"),
+    };
+    // Of the file's few numbers 2 GB would become.
+    let (what, bytes) = refused(Network::random(1, [1, 4096, 4096], &[1, 2000, 1], &[1]));
+    assert!(bytes > 1022 * 1022 * 2000, "{bytes}");
+    assert!(what.starts_with("Conv"), "{what}");
+    let mut network = network();
+    network.image = [1 << 20, 1 << 22, 1 << 22];
+    assert_eq!(refused(network), ("the image".to_owned(), u64::MAX));
+}
+
 #[test]
 fn bytes_that_are_no_onnx_are_refused() {
     assert!(matches!(

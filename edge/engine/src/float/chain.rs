@@ -13,7 +13,7 @@ use tract_onnx::pb::{NodeProto, TensorProto, tensor_proto::DataType};
 
 use crate::graph::{Graph, dimensions, f32_elements, integer, is_zero};
 use crate::layers::{
-    NotAChain, is_of, is_plain_gemm, is_pool_of_two, is_valid_convolution, refuse,
+    NotAChain, Walk, is_of, is_plain_gemm, is_pool_of_two, is_valid_convolution, refuse,
 };
 
 /// A float network that is one chain of layers.
@@ -88,38 +88,7 @@ pub(crate) fn recognise(graph: &Graph<'_>) -> Result<FloatChain, NotAChain> {
     })
 }
 
-/// A position in the graph: the value that the next node reads.
-struct Walk<'g, 'a> {
-    graph: &'g Graph<'a>,
-    value: &'a str,
-}
-
 impl<'a> Walk<'_, 'a> {
-    fn reader(&self) -> Result<&'a NodeProto, NotAChain> {
-        match self.graph.only_reader(self.value) {
-            Some(node) if node.input.first().is_some_and(|input| input == self.value) => Ok(node),
-            _ => refuse(self.value, "not the first input of exactly one node"),
-        }
-    }
-
-    fn step(&mut self, node: &'a NodeProto) -> Result<(), NotAChain> {
-        match node.output.as_slice() {
-            [output] => {
-                self.value = output;
-                Ok(())
-            }
-            _ => refuse(&node.name, "not one output"),
-        }
-    }
-
-    /// Passes a node of this type if it comes next.
-    fn skip(&mut self, op_type: &str) -> Result<bool, NotAChain> {
-        match self.graph.only_reader(self.value) {
-            Some(node) if node.op_type == op_type => self.step(node).map(|()| true),
-            _ => Ok(false),
-        }
-    }
-
     /// Passes Cast and Mul, or DequantizeLinear with zero point 0.
     fn scale_image(&mut self) -> Result<f32, NotAChain> {
         let mut node = self.reader()?;
@@ -206,8 +175,11 @@ impl<'a> Walk<'_, 'a> {
     fn weights(&self, node: &NodeProto) -> Result<&'a TensorProto, NotAChain> {
         let weights = node.input.get(1).and_then(|name| self.graph.constant(name));
         match weights.filter(|weights| is_of(weights, DataType::Float)) {
-            // Other layouts than raw bytes go through tract.
-            Some(weights) if !weights.raw_data.is_empty() => Ok(weights),
+            // Other layouts than raw bytes go through tract. The network takes the bytes out of the file.
+            Some(weights) if self.graph.only_reader(&weights.name).is_none() => {
+                refuse(&node.name, "weights are not its own")
+            }
+            Some(weights) if Some(weights.raw_data.len()) == bytes_of(weights) => Ok(weights),
             _ => refuse(&node.name, "weights are not an f32 constant"),
         }
     }
@@ -221,15 +193,10 @@ impl<'a> Walk<'_, 'a> {
             _ => refuse(&node.name, "bias is not an f32 constant of every output"),
         }
     }
+}
 
-    /// The last value must be an output; only a Sigmoid may follow.
-    fn finish(&self) -> Result<(), NotAChain> {
-        if !self.graph.outputs().any(|output| output == self.value) {
-            return refuse(self.value, "the last layer is not an output");
-        }
-        match self.graph.only_reader(self.value) {
-            Some(node) if node.op_type != "Sigmoid" => refuse(&node.name, "follows the logit"),
-            _ => Ok(()),
-        }
-    }
+/// Bytes of the values of an f32 tensor.
+fn bytes_of(tensor: &TensorProto) -> Option<usize> {
+    let values = dimensions(tensor)?.iter().product::<usize>();
+    values.checked_mul(size_of::<f32>())
 }

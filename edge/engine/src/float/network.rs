@@ -8,7 +8,7 @@ use tract_onnx::pb::ModelProto;
 use crate::chain::{Chain, Layer};
 use crate::float::chain::{FloatChain, FloatLayer};
 use crate::kernels::float::{self, Filters, FloatKernel, OUTPUTS};
-use crate::model::LoadError;
+use crate::model::{LoadError, MAX_MAP_BYTES, check_size};
 use crate::network::{KERNEL_SIDE, take, transposed};
 
 /// The whole network, packed for one kernel.
@@ -109,8 +109,9 @@ impl FloatNetwork {
             .map_or(1.0, |layer| layer.input_scale);
         let mut parameters = |layer: Layer| dequantized(layer, proto);
         let convolutions = chain.convolutions.into_iter().map(&mut parameters);
-        let convolutions = convolutions.collect();
-        let dense = chain.dense.into_iter().map(&mut parameters).collect();
+        let convolutions = convolutions.collect::<Result<_, _>>()?;
+        let dense = chain.dense.into_iter().map(&mut parameters);
+        let dense = dense.collect::<Result<_, _>>()?;
         Self::pack(chain.image, image_scale, convolutions, dense, kernel)
     }
 
@@ -129,15 +130,16 @@ impl FloatNetwork {
                     .weights
                     .iter_mut()
                     .for_each(|weight| *weight *= image_scale);
+                check_finite(&parameters)?;
             }
             let convolution = convolution(parameters, kernel, shape, index == 0)?;
             let [rows, columns] = convolution.pooled;
             shape = [convolution.layer.n_outputs(), rows, columns];
             packed.push(convolution);
         }
-        let n_features = shape.iter().product();
         trim(&mut packed);
-        let mut n_inputs = n_features;
+        check_maps(&packed)?;
+        let mut n_inputs = shape.iter().product();
         let mut layers = Vec::new();
         for Parameters {
             name,
@@ -207,6 +209,26 @@ fn convolution(
     })
 }
 
+/// The maps must fit into memory.
+fn check_maps(convolutions: &[Convolution]) -> Result<(), LoadError> {
+    let mut total = Some(0_u64);
+    for convolution in convolutions {
+        let stride = convolution.layer.out_stride();
+        let bytes = [
+            convolution.reached[0],
+            convolution.reached[1],
+            stride,
+            size_of::<f32>(),
+        ];
+        let bytes = bytes
+            .iter()
+            .try_fold(1, |n: u64, &size| n.checked_mul(size as u64));
+        total = total.zip(bytes).and_then(|(total, n)| total.checked_add(n));
+        check_size(&convolution.name, total, MAX_MAP_BYTES)?;
+    }
+    Ok(())
+}
+
 /// Leaves out pooled rows and columns that the next convolution does not read, and adds those that its tiles reach.
 fn trim(convolutions: &mut [Convolution]) {
     for index in (1..convolutions.len()).rev() {
@@ -224,7 +246,7 @@ fn trim(convolutions: &mut [Convolution]) {
     clippy::cast_precision_loss,
     reason = "a bias beyond 2^24 is rounded as any f32 is"
 )]
-fn dequantized(layer: Layer, proto: &mut ModelProto) -> Parameters {
+fn dequantized(layer: Layer, proto: &mut ModelProto) -> Result<Parameters, LoadError> {
     let bytes = take(proto, &layer.weights);
     let n_outputs = layer.bias.len();
     let bytes = match layer.is_transposed {
@@ -236,12 +258,25 @@ fn dequantized(layer: Layer, proto: &mut ModelProto) -> Parameters {
     let weights =
         rows.flat_map(|(row, &scale)| row.iter().map(move |w| f32::from(w.cast_signed()) * scale));
     let bias = layer.bias.iter().zip(&layer.weight_scales);
-    Parameters {
+    let parameters = Parameters {
         weights: weights.collect(),
         bias: bias
             .map(|(&bias, &scale)| bias as f32 * (layer.input_scale * scale))
             .collect(),
         name: layer.name,
         n_inputs: layer.n_inputs,
+    };
+    check_finite(&parameters)?;
+    Ok(parameters)
+}
+
+/// What was finite in the file may not be once it is scaled.
+fn check_finite(parameters: &Parameters) -> Result<(), LoadError> {
+    let mut values = parameters.weights.iter().chain(&parameters.bias);
+    match values.all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(LoadError::NotFinite {
+            tensor: format!("layer {}, weights and biases in f32", parameters.name),
+        }),
     }
 }

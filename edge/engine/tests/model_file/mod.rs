@@ -469,7 +469,7 @@ fn integer(name: &str, i: i64) -> AttributeProto {
     }
 }
 
-fn integers(name: &str, ints: &[i64]) -> AttributeProto {
+pub(crate) fn integers(name: &str, ints: &[i64]) -> AttributeProto {
     AttributeProto {
         name: name.to_owned(),
         r#type: 7,
