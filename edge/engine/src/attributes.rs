@@ -4,7 +4,7 @@ use tract_onnx::pb::{AttributeProto, NodeProto};
 
 use crate::convolution::{Definition, GeneralConvolution};
 use crate::gemm::{self, Gemm};
-use crate::kernels::Kernel;
+use crate::kernels::{Kernel, Levels};
 use crate::mean::Mean;
 use crate::operator::Layer;
 use crate::sum::Sum;
@@ -65,7 +65,8 @@ pub(crate) fn of_convolution(d: &Definition, kernel: Kernel) -> Option<Vec<Attri
         ints("strides", &d.strides)?,
         ints("dilations", &d.dilations)?,
         ints("pads", &d.pads)?,
-        bytes("zeros", &[d.input_zero, d.output_zero, d.lowest]),
+        bytes("zeros", &[d.input_zero]),
+        bytes("levels", &[d.levels.zero, d.levels.lowest]),
         bytes("weights", &d.weights),
         biases(&d.bias),
         floats("scale", &d.scale),
@@ -102,7 +103,10 @@ pub(crate) fn of_gemm(d: &gemm::Definition, kernel: Kernel) -> Option<Vec<Attrib
     Some(vec![
         ints("n_inputs", &[d.n_inputs])?,
         bytes("zeros", &[d.input_zero]),
-        bytes("output", d.output.as_ref().map_or(&[], |o| o.as_slice())),
+        bytes(
+            "levels",
+            &d.output.map_or(vec![], |of| vec![of.zero, of.lowest]),
+        ),
         bytes("weights", &d.weights),
         biases(&d.bias),
         floats("scale", &d.scale),
@@ -149,6 +153,11 @@ impl Attributes<'_> {
         bias.map(|&n| i32::try_from(n).ok()).collect()
     }
 
+    fn levels(&self) -> Option<Levels> {
+        let [zero, lowest] = self.bytes("levels")?;
+        Some(Levels { zero, lowest })
+    }
+
     fn kernel(&self) -> Option<Kernel> {
         let name = std::str::from_utf8(&self.find("kernel")?.s).ok()?;
         name.parse().ok()
@@ -156,7 +165,7 @@ impl Attributes<'_> {
 
     fn convolution(&self) -> Option<GeneralConvolution> {
         let [groups] = self.ints("groups")?;
-        let [input_zero, output_zero, lowest] = self.bytes("zeros")?;
+        let [input_zero] = self.bytes("zeros")?;
         let definition = Definition {
             shape: self.ints("shape")?,
             groups,
@@ -164,8 +173,7 @@ impl Attributes<'_> {
             dilations: self.ints("dilations")?,
             pads: self.ints("pads")?,
             input_zero,
-            output_zero,
-            lowest,
+            levels: self.levels()?,
             weights: self.find("weights")?.s.clone(),
             bias: self.bias()?,
             scale: self.find("scale")?.floats.clone(),
@@ -200,7 +208,7 @@ impl Attributes<'_> {
         let definition = gemm::Definition {
             n_inputs,
             input_zero,
-            output: self.bytes("output"),
+            output: self.levels(),
             weights: self.find("weights")?.s.clone(),
             bias: self.bias()?,
             scale: self.find("scale")?.floats.clone(),

@@ -1,16 +1,24 @@
 //! A quantized convolution of any shape: padded, strided, dilated, grouped, with zero points. Its products run on our kernels.
 //!
 //! In: one u8 image `[channel, row, column]`. Out: u8 `[channel, row, column]`. This is for graphs that are not our chain (ResNet,
-//! Inception); the fused layers of the chain are several times faster, because here every position gathers its own patch.
+//! Inception). The patches of some hundred positions are gathered side by side, so that to the kernel every convolution is one of 1 x 1 over a
+//! row of long pixels; the tile takes them from the two halves of that row. Then rows of pixels become rows of channels again.
 //!
 //! Arithmetic as in `kernels`: with input zero point `z` and output zero point `y`,
 //! `clamp(round_half_even(f32(bias + sum w (a - z)) x scale) + y, lowest, 255)`; `- z sum w` is folded into the bias.
 
-use crate::kernels::{self, Kernel};
+use crate::kernels::{self, ConvRow, Kernel, Levels, POSITIONS, PackedBlock, Unpacked, pack};
 use crate::model::MAX_MAP_BYTES;
+use crate::transpose::{Matrix, transpose};
 
-/// Patches are padded with zeros to a multiple of the widest vector.
-const PATCH_STEP: usize = 64;
+/// Bytes of patches that are gathered at once: half of them and a block of weights stay in the second level of the cache.
+const STRIP_BYTES: usize = 128 << 10;
+
+/// Least and most positions of a strip, whole tiles.
+const STRIP_POSITIONS: [usize; 2] = [4 * POSITIONS, 64 * POSITIONS];
+
+/// Channels of a pixel in a strip are padded to a multiple, as the blocks of every kernel are.
+const CHANNEL_STEP: usize = 16;
 
 /// What a convolution computes, in the terms of ONNX Conv-11 between DequantizeLinear and QuantizeLinear.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,9 +31,7 @@ pub(crate) struct Definition {
     /// Top, left, bottom, right.
     pub(crate) pads: [usize; 4],
     pub(crate) input_zero: u8,
-    pub(crate) output_zero: u8,
-    /// Smallest output: `output_zero` where a ReLU follows, else 0.
-    pub(crate) lowest: u8,
+    pub(crate) levels: Levels,
     /// s8 as bytes, in the order of `shape`.
     pub(crate) weights: Vec<u8>,
     pub(crate) bias: Vec<i32>,
@@ -33,53 +39,67 @@ pub(crate) struct Definition {
     pub(crate) scale: Vec<f32>,
 }
 
-/// A convolution, checked and arranged for one kernel.
+/// A convolution, checked and packed for one kernel.
 #[derive(Debug)]
 pub(crate) struct GeneralConvolution {
+    /// Without weights: those are in the groups.
     definition: Definition,
     kernel: Kernel,
-    /// `[output, row, column, input of the group]`, each output padded to `patch_bytes`.
-    arranged: Vec<u8>,
+    /// For each group its blocks of outputs; weights over the patch `[row, column, input of the group]`.
+    groups: Vec<Vec<PackedBlock>>,
+    /// Bytes of a patch, padded for the kernel.
     patch_bytes: usize,
-    /// The bias less `input_zero` x the sum of weights.
-    bias: Vec<i32>,
+}
+
+impl Definition {
+    /// The biases less `input_zero` x the sums of weights; `None` where sizes do not fit, a weight is -128, or an accumulator could leave i32.
+    pub(crate) fn folded_bias(&self) -> Option<Vec<i32>> {
+        let [outputs, inputs, rows, columns] = self.shape;
+        let filter = inputs.checked_mul(rows.checked_mul(columns)?)?;
+        let fits = self.weights.len() == outputs.checked_mul(filter)?
+            && self.bias.len() == outputs
+            && self.scale.len() == outputs
+            && self.groups > 0
+            && outputs.is_multiple_of(self.groups)
+            && !self.strides.contains(&0)
+            && !self.dilations.contains(&0);
+        fits.then(|| folded_bias(&self.weights, &self.bias, self.input_zero))?
+    }
 }
 
 impl GeneralConvolution {
-    /// Checks and arranges; `None` where sizes do not fit, a weight is -128, or an accumulator could leave i32.
-    pub(crate) fn new(definition: Definition, kernel: Kernel) -> Option<Self> {
-        let Definition {
-            shape: [outputs, inputs, rows, columns],
-            groups,
-            ..
-        } = definition;
-        let taps = rows.checked_mul(columns)?;
-        let filter = inputs.checked_mul(taps).filter(|&n| n > 0)?;
-        let fits = definition.weights.len() == outputs.checked_mul(filter)?
-            && definition.bias.len() == outputs
-            && definition.scale.len() == outputs
-            && groups > 0
-            && outputs > 0
-            && outputs.is_multiple_of(groups)
-            && !definition.strides.contains(&0)
-            && !definition.dilations.contains(&0);
-        if !fits {
-            return None;
-        }
-        let patch_bytes = filter.next_multiple_of(PATCH_STEP);
-        let mut arranged = vec![0; outputs.checked_mul(patch_bytes)?];
-        for (output, from) in definition.weights.chunks_exact(filter).enumerate() {
-            for (index, &weight) in from.iter().enumerate() {
-                arranged[output * patch_bytes + index % taps * inputs + index / taps] = weight;
+    /// Checks and packs; `None` where [`Definition::folded_bias`] finds a fault.
+    pub(crate) fn new(mut definition: Definition, kernel: Kernel) -> Option<Self> {
+        let bias = definition.folded_bias()?;
+        let kernel = kernel.without_pool();
+        let [outputs, inputs, rows, columns] = definition.shape;
+        let (taps, per_group) = (rows * columns, outputs / definition.groups);
+        let patch_bytes = (inputs * taps).next_multiple_of(kernel.geometry().step);
+        let weights = std::mem::take(&mut definition.weights);
+        let group = |(index, weights): (usize, &[u8])| {
+            let mut arranged = vec![0; per_group * patch_bytes];
+            let filters = weights.chunks_exact(inputs * taps);
+            for (to, from) in arranged.chunks_exact_mut(patch_bytes).zip(filters) {
+                for (index, &weight) in from.iter().enumerate() {
+                    to[index % taps * inputs + index / taps] = weight;
+                }
             }
-        }
-        let bias = folded_bias(&definition.weights, &definition.bias, definition.input_zero)?;
+            let of_group = index * per_group..(index + 1) * per_group;
+            let unpacked = Unpacked {
+                weights: &arranged,
+                kernel_rows: 1,
+                kernel_row_bytes: patch_bytes,
+                bias: &bias[of_group.clone()],
+                scale: &definition.scale[of_group],
+            };
+            pack(kernel.geometry(), unpacked)
+        };
+        let weights = weights.chunks_exact(per_group * inputs * taps);
         Some(Self {
+            groups: weights.enumerate().map(group).collect(),
             definition,
             kernel,
-            arranged,
             patch_bytes,
-            bias,
         })
     }
 
@@ -126,7 +146,8 @@ impl GeneralConvolution {
 
     /// Bytes of weights, biases and scales.
     pub(crate) fn parameter_bytes(&self) -> usize {
-        self.arranged.len() + 8 * self.bias.len()
+        let blocks = self.groups.iter().flatten();
+        blocks.map(|b| b.weights.len() + 8 * b.bias.len()).sum()
     }
 
     /// Convolves one image into `out`, `[output, row, column]` of [`Self::output_size`].
@@ -136,30 +157,58 @@ impl GeneralConvolution {
     /// Where the image or `out` have another size, or the kernel does not fit the image.
     pub(crate) fn run(&self, image: &[u8], size: [usize; 2], out: &mut [u8]) {
         let [rows, columns] = self.output_size(size).expect("the kernel fits the image");
-        let outputs = self.n_outputs();
-        assert_eq!(out.len(), outputs * rows * columns, "the output's size");
+        let n_positions = rows * columns;
+        assert_eq!(
+            out.len(),
+            self.n_outputs() * n_positions,
+            "the output's size"
+        );
         let (padded, row_bytes) = self.pad(image, size);
-        let per_group = outputs / self.definition.groups;
-        let group_bytes = per_group * self.patch_bytes;
-        let mut patch = vec![0; self.patch_bytes];
-        let mut sums = vec![0; per_group];
-        // One row of outputs, `[column, output]`, as the sums come.
-        let mut pixels = vec![0; columns * outputs];
-        for row in 0..rows {
-            for (column, pixel) in pixels.chunks_exact_mut(outputs).enumerate() {
-                for (group, pixel) in pixel.chunks_exact_mut(per_group).enumerate() {
-                    self.gather(&padded, row_bytes, [row, column], group, &mut patch);
-                    let weights = &self.arranged[group * group_bytes..][..group_bytes];
-                    kernels::dense(self.kernel, &patch, weights, &mut sums);
-                    self.requantize(group * per_group, &sums, pixel);
+        let per_group = self.n_outputs() / self.definition.groups;
+        let stride = per_group.next_multiple_of(CHANNEL_STEP);
+        let [least, most] = STRIP_POSITIONS;
+        let most = n_positions.next_multiple_of(POSITIONS).min(most);
+        let strip = (STRIP_BYTES / self.patch_bytes).next_multiple_of(POSITIONS);
+        let strip = strip.clamp(least, most.max(least));
+        let mut patches = vec![0; strip * self.patch_bytes];
+        let mut pixels = vec![0; strip * stride];
+        for (group, out) in out.chunks_exact_mut(per_group * n_positions).enumerate() {
+            for first in (0..n_positions).step_by(strip) {
+                let n = strip.min(n_positions - first);
+                let places = patches.chunks_exact_mut(self.patch_bytes);
+                for (patch, position) in places.zip(first..first + n) {
+                    let at = [position / columns, position % columns];
+                    self.gather(&padded, row_bytes, at, group, patch);
                 }
+                let pixels = &mut pixels[..n.next_multiple_of(POSITIONS) * stride];
+                self.convolve(group, &patches, stride, pixels);
+                let of = Matrix {
+                    rows: n,
+                    columns: per_group,
+                    stride,
+                };
+                transpose(pixels, of, &mut out[first..], n_positions);
             }
-            for (output, plane) in out.chunks_exact_mut(rows * columns).enumerate() {
-                let line = plane[row * columns..][..columns].iter_mut();
-                for (to, pixel) in line.zip(pixels.chunks_exact(outputs)) {
-                    *to = pixel[output];
-                }
-            }
+        }
+    }
+
+    /// All outputs of a group at as many positions as `pixels` has room for, `[position, output]`, `stride` bytes a position.
+    fn convolve(&self, group: usize, patches: &[u8], stride: usize, pixels: &mut [u8]) {
+        let half = pixels.len() / stride / 2;
+        let (top, bottom) = pixels.split_at_mut(half * stride);
+        for block in &self.groups[group] {
+            let row = ConvRow {
+                rows: &[patches, &patches[half * self.patch_bytes..]],
+                column_bytes: self.patch_bytes,
+                kernel_row_bytes: self.patch_bytes,
+                weights: &block.weights,
+                bias: &block.bias,
+                scale: &block.scale,
+                n_columns: half / 2,
+                out_stride: stride,
+            };
+            let out = [&mut *top, &mut *bottom].map(|half| &mut half[block.first_channel..]);
+            kernels::conv_rows(self.kernel, &row, self.definition.levels, out);
         }
     }
 
@@ -195,20 +244,6 @@ impl GeneralConvolution {
         }
     }
 
-    /// Sums of the outputs from `first` on, to u8.
-    fn requantize(&self, first: usize, sums: &[i32], out: &mut [u8]) {
-        let Definition {
-            ref scale,
-            output_zero,
-            lowest,
-            ..
-        } = self.definition;
-        let parameters = self.bias[first..].iter().zip(&scale[first..]);
-        for ((to, &sum), (&bias, &scale)) in out.iter_mut().zip(sums).zip(parameters) {
-            *to = requantize(sum + bias, scale, output_zero, lowest);
-        }
-    }
-
     /// The image as `[row, column, channel]` with its border of zero points, and the bytes of a row.
     fn pad(&self, image: &[u8], [rows, columns]: [usize; 2]) -> (Vec<u8>, usize) {
         let [top, left, bottom, right] = self.definition.pads;
@@ -216,13 +251,14 @@ impl GeneralConvolution {
         assert_eq!(image.len(), channels * rows * columns, "the image's size");
         let row_bytes = (left + columns + right) * channels;
         let mut padded = vec![self.definition.input_zero; (top + rows + bottom) * row_bytes];
-        for (channel, plane) in image.chunks_exact(rows * columns).enumerate() {
-            for (row, line) in plane.chunks_exact(columns).enumerate() {
-                let to = &mut padded[(top + row) * row_bytes + left * channels..];
-                for (pixel, &value) in to.chunks_exact_mut(channels).zip(line) {
-                    pixel[channel] = value;
-                }
-            }
+        let of = Matrix {
+            rows: channels,
+            columns,
+            stride: rows * columns,
+        };
+        for row in 0..rows {
+            let to = &mut padded[(top + row) * row_bytes + left * channels..];
+            transpose(&image[row * columns..], of, to, channels);
         }
         (padded, row_bytes)
     }
@@ -259,23 +295,6 @@ pub(crate) fn folded_bias(weights: &[u8], bias: &[i32], input_zero: u8) -> Optio
         i32::try_from(reach).ok().and(i32::try_from(folded).ok())
     };
     filters.zip(bias).map(of_output).collect()
-}
-
-/// 1.5 x 2^23: the f32 beside it are the integers, so that adding it rounds to one, half to even, and subtracting it leaves that one.
-const ROUNDS: f32 = 12_582_912.0;
-
-/// `clamp(round_half_even(f32(sum) x scale) + zero, lowest, 255)`.
-#[inline]
-#[expect(
-    clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the conversion to f32 is the definition; the value is clamped to 0..=255 before it becomes u8"
-)]
-pub(crate) fn requantize(sum: i32, scale: f32, zero: u8, lowest: u8) -> u8 {
-    let rounded = ((sum as f32 * scale).clamp(-512.0, 512.0) + ROUNDS) - ROUNDS;
-    let shifted = rounded + f32::from(zero);
-    shifted.clamp(f32::from(lowest), 255.0) as u8
 }
 
 #[cfg(test)]
@@ -319,8 +338,8 @@ mod tests {
                     }
                 }
                 let value = (sum as f32 * d.scale[output]).round_ties_even() as i64
-                    + i64::from(d.output_zero);
-                out.push(value.clamp(i64::from(d.lowest), 255) as u8);
+                    + i64::from(d.levels.zero);
+                out.push(value.clamp(i64::from(d.levels.lowest), 255) as u8);
             }
         }
         out
@@ -335,17 +354,6 @@ mod tests {
             state.to_be_bytes()[0]
         };
         std::iter::repeat_with(next).take(n).collect()
-    }
-
-    #[test]
-    fn requantize_rounds_half_to_even() {
-        for sum in -1100..1100 {
-            let expected = (f64::from(sum) / 2.0).round_ties_even() + 100.0;
-            let expected = expected.clamp(3.0, 255.0) as u8;
-            assert_eq!(requantize(sum, 0.5, 100, 3), expected, "{sum}");
-        }
-        assert_eq!(requantize(i32::MAX, 1e9, 0, 0), 255);
-        assert_eq!(requantize(i32::MIN, 1e9, 255, 7), 7);
     }
 
     proptest! {
@@ -374,8 +382,10 @@ mod tests {
                 dilations: [dilations.0, dilations.1],
                 pads: [pads.0, pads.1, pads.2, pads.3],
                 input_zero: zeros.0,
-                output_zero: zeros.1,
-                lowest: if zeros.2 { zeros.1 } else { 0 },
+                levels: Levels {
+                    zero: zeros.1,
+                    lowest: if zeros.2 { zeros.1 } else { 0 },
+                },
                 weights,
                 bias: bytes(seed ^ 5, shape[0]).into_iter().map(|b| (i32::from(b) - 128) * 300).collect(),
                 scale: vec![0.7 / (n as f32).sqrt() / 73.0; shape[0]],

@@ -157,7 +157,7 @@ fn timed<'a>(
 }
 
 fn explain_tract(model: &TractModel) -> Result<Explanation, RunError> {
-    let kernel = model.kernel();
+    let kernel = model.kernel().without_pool();
     let image = noise(model.image_bytes());
     let mut nodes = model.layer_times(&image)?;
     for _ in 1..RUNS {

@@ -3,16 +3,16 @@
 //! In: u8 features. Out: u8 features by the arithmetic of [`crate::convolution`], or f32 `f32(sum) x scale` where nothing is quantized
 //! behind it: the logit.
 
-use crate::convolution::{folded_bias, requantize};
-use crate::kernels::{self, Kernel};
+use crate::convolution::folded_bias;
+use crate::kernels::{self, Kernel, Levels, requantize_to};
 
 /// ONNX `Gemm-13` with `transB` between DequantizeLinear and, for a hidden layer, QuantizeLinear.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Definition {
     pub(crate) n_inputs: usize,
     pub(crate) input_zero: u8,
-    /// Zero point and smallest value of the output; `None` where it is f32.
-    pub(crate) output: Option<[u8; 2]>,
+    /// `None` where the output is f32.
+    pub(crate) output: Option<Levels>,
     /// s8 as bytes, `[output, input]`.
     pub(crate) weights: Vec<u8>,
     pub(crate) bias: Vec<i32>,
@@ -74,9 +74,9 @@ impl Gemm {
     ///
     /// Where the lengths do not fit or the layer is the last one.
     pub(crate) fn run_hidden(&self, features: &[u8], out: &mut [u8]) {
-        let [zero, lowest] = self.definition.output.expect("a hidden layer");
+        let levels = self.definition.output.expect("a hidden layer");
         for ((out, sum), &scale) in out.iter_mut().zip(self.sums(features)).zip(self.scale()) {
-            *out = requantize(sum, scale, zero, lowest);
+            *out = requantize_to(levels, sum, scale);
         }
     }
 

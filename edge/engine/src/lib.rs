@@ -3,7 +3,7 @@
 //! The stages in the order the data meets them: [`model`] loads a file, `graph` indexes it, `chain` recognises the quantized
 //! layers, `network` checks and packs them for one of the [`kernels`], `session` runs them on images. What is no such chain
 //! runs through `tract`, with each quantized layer that `partial` finds replaced by our `operator`: a `convolution` of any shape, a `sum`, a
-//! `mean`, a `gemm`, passed to tract as `attributes`. Float files of the same form run through
+//! `mean`, a `gemm`, passed to tract as `attributes`; `transpose` brings the channels together. Float files of the same form run through
 //! `float`. `explain` measures each layer.
 //!
 //! No file and no socket is opened here; the caller brings the bytes.
@@ -32,6 +32,7 @@ mod rows;
 mod session;
 mod sum;
 mod tract;
+mod transpose;
 
 pub use contributions::Contributions;
 pub use explain::{Explanation, LayerReport};

@@ -4,7 +4,8 @@
 //! `round_half_even(f32(sum) x (x / (y x n))) + zy`, clamped to 0..=255, `n` the number of positions: all of the window's where the
 //! padding counts, else those inside the image. It is the arithmetic of onnxruntime's `QLinearGlobalAveragePool`.
 
-use crate::convolution::{requantize, windows};
+use crate::convolution::windows;
+use crate::kernels::{Levels, requantize_to};
 
 /// Most positions of a window: their sum stays in 32 bits, and their number is exact in f32.
 pub(crate) const MAX_POSITIONS: usize = 1 << 23;
@@ -42,6 +43,10 @@ impl Mean {
     pub(crate) fn run(&self, image: &[u8], size: [usize; 2], out: &mut [u8]) {
         let [rows, columns] = self.output_size(size).expect("the window fits the image");
         let kernel = self.kernel.unwrap_or(size);
+        let levels = Levels {
+            zero: self.zeros[1],
+            lowest: 0,
+        };
         let planes = image.chunks_exact(size[0] * size[1]);
         for (plane, out) in planes.zip(out.chunks_exact_mut(rows * columns)) {
             for (position, out) in out.iter_mut().enumerate() {
@@ -63,7 +68,7 @@ impl Mean {
                 } else {
                     inside.0.len() * inside.1.len()
                 };
-                *out = requantize(sum, self.scale(n), self.zeros[1], 0);
+                *out = requantize_to(levels, sum, self.scale(n));
             }
         }
     }

@@ -10,12 +10,12 @@ use std::collections::HashSet;
 use tract_onnx::pb::{GraphProto, NodeProto, TensorProto, tensor_proto::DataType};
 
 use crate::attributes::{self, of_convolution, of_gemm, of_mean, of_sum};
-use crate::convolution::{Definition, GeneralConvolution};
+use crate::convolution::Definition;
 use crate::gemm::{self, Gemm};
 use crate::graph::{
     Graph, dimensions, f32_elements, float, i32_elements, integer, integers, is_zero,
 };
-use crate::kernels::Kernel;
+use crate::kernels::{Kernel, Levels};
 use crate::mean::{MAX_POSITIONS, Mean};
 use crate::sum::Sum;
 
@@ -73,8 +73,8 @@ fn replacement(graph: &Graph<'_>, node: &NodeProto, kernel: Kernel) -> Option<No
                 Activation::written(graph, node)?,
             );
             let definition = convolution(graph, node, &input, &output)?;
+            definition.folded_bias()?;
             let attribute = of_convolution(&definition, kernel)?;
-            GeneralConvolution::new(definition, kernel)?;
             (attributes::CONVOLUTION, vec![input], output.name, attribute)
         }
         "Gemm" => {
@@ -142,6 +142,13 @@ struct Activation {
 }
 
 impl Activation {
+    fn levels(&self) -> Levels {
+        Levels {
+            zero: self.zero,
+            lowest: self.lowest,
+        }
+    }
+
     /// What the DequantizeLinear that makes `value` reads.
     fn read(graph: &Graph<'_>, value: &str) -> Option<Self> {
         let node = graph
@@ -258,8 +265,7 @@ fn convolution(
         dilations: sizes(node, "dilations", 1)?,
         pads: pads(node)?,
         input_zero: input.zero,
-        output_zero: output.zero,
-        lowest: output.lowest,
+        levels: output.levels(),
         weights: parameters.weights,
         bias: parameters.bias,
     })
@@ -286,7 +292,7 @@ fn dense(
     Some(gemm::Definition {
         n_inputs: *parameters.shape.get(1)?,
         input_zero: input.zero,
-        output: output.map(|output| [output.zero, output.lowest]),
+        output: output.map(Activation::levels),
         scale: match output {
             Some(output) => parameters.requantize_scales(input.scale, output.scale)?,
             None => parameters.requantize_scales(input.scale, 1.0)?,

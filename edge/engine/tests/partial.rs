@@ -58,10 +58,8 @@ fn layers_of_another_graph_run_on_our_kernels_to_the_bit() {
         let model = Model::load(&file, &options).unwrap();
         assert_eq!(model.kernel(), None, "tract runs the graph");
         let explanation = model.explain().unwrap();
-        assert_eq!(
-            explanation.runs_on,
-            format!("tract, 2 convolutions on {kernel}")
-        );
+        let runs_on = "tract, 2 convolutions on ";
+        assert!(explanation.runs_on.starts_with(runs_on), "{explanation}");
         let ours = explanation.layers.iter().filter(|layer| layer.macs > 0);
         assert_eq!(ours.count(), 4, "{explanation}");
         let mut logits = [0.0; 3];

@@ -9,13 +9,13 @@
 )]
 
 use std::arch::x86_64::{
-    __m128i, __m256i, _mm_packus_epi16, _mm_packus_epi32, _mm_storeu_si64, _mm256_add_epi16,
-    _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_si128, _mm256_cvtepi8_epi16,
-    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtps_epi32, _mm256_extracti128_si256,
-    _mm256_loadu_ps, _mm256_madd_epi16, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
-    _mm256_mul_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_setzero_si256, _mm256_srai_epi32, _mm256_srli_epi16, _mm256_storeu_si256,
-    _mm256_sub_epi16, _mm256_sub_epi32,
+    __m128i, __m256, __m256i, _mm_packus_epi16, _mm_packus_epi32, _mm_storeu_si64,
+    _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_si128,
+    _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtps_epi32,
+    _mm256_extracti128_si256, _mm256_loadu_ps, _mm256_madd_epi16, _mm256_max_epi32, _mm256_max_ps,
+    _mm256_min_ps, _mm256_mul_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_setzero_si256, _mm256_srai_epi32, _mm256_srli_epi16,
+    _mm256_storeu_si256, _mm256_sub_epi16, _mm256_sub_epi32,
 };
 
 use std::arch::asm;
@@ -23,7 +23,7 @@ use std::hint::black_box;
 
 use super::tile256::tile_256;
 use super::winograd::{CHANNELS, FREQUENCIES, SIDE, WinogradScratch, parts, window_parts};
-use super::{ConvRow, Geometry, POSITIONS, WeightFormat, WinogradRow, scalar};
+use super::{ConvRow, Geometry, Levels, POSITIONS, WeightFormat, WinogradRow, scalar};
 
 /// 8 channels a vector, three vectors a block, four activations a step.
 pub(super) const GEOMETRY: Geometry = Geometry {
@@ -342,17 +342,38 @@ pub(super) fn pool_and_store(
 #[inline]
 #[target_feature(enable = "avx2")]
 fn requantize(sums: __m256i, scale: &[f32; 8]) -> __m128i {
-    // SAFETY: the reference covers the 32 bytes that are read.
-    let scale = unsafe { _mm256_loadu_ps(scale.as_ptr()) };
-    let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
+    let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), load_f32(scale));
     let clamped = _mm256_min_ps(
         _mm256_max_ps(scaled, _mm256_setzero_ps()),
         _mm256_set1_ps(255.0),
     );
-    let rounded = _mm256_cvtps_epi32(clamped);
+    pack_bytes(_mm256_cvtps_epi32(clamped))
+}
+
+/// Eight sums requantized with their levels, see [`super::requantize_to`], and stored.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn requantize_and_store(
+    sums: __m256i,
+    scale: &[f32; 8],
+    levels: Levels,
+    bytes: &mut [u8; 8],
+) {
+    let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), load_f32(scale));
+    let (below, above) = (_mm256_set1_ps(-512.0), _mm256_set1_ps(512.0));
+    let rounded = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(scaled, below), above));
+    let shifted = _mm256_add_epi32(rounded, _mm256_set1_epi32(levels.zero.into()));
+    let raised = _mm256_max_epi32(shifted, _mm256_set1_epi32(levels.lowest.into()));
+    store(bytes, pack_bytes(raised));
+}
+
+/// Eight numbers, saturated to u8, in the low half.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pack_bytes(numbers: __m256i) -> __m128i {
     let words = _mm_packus_epi32(
-        _mm256_castsi256_si128(rounded),
-        _mm256_extracti128_si256::<1>(rounded),
+        _mm256_castsi256_si128(numbers),
+        _mm256_extracti128_si256::<1>(numbers),
     );
     _mm_packus_epi16(words, words)
 }
@@ -385,6 +406,13 @@ fn load_half(bytes: &[u8; 16]) -> __m128i {
 pub(super) fn load_i32(values: &[i32; 8]) -> __m256i {
     // SAFETY: the reference covers the 32 bytes that are read.
     unsafe { values.as_ptr().cast::<__m256i>().read_unaligned() }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_f32(values: &[f32; 8]) -> __m256 {
+    // SAFETY: the reference covers the 32 bytes that are read.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
 }
 
 #[inline]

@@ -9,9 +9,9 @@ use std::arch::x86_64::{
 
 use std::hint::black_box;
 
-use super::avx2::{load, load_i32, pool_and_store, sum_of_lanes};
+use super::avx2::{load, load_i32, pool_and_store, requantize_and_store, sum_of_lanes};
 use super::tile256::tile_256;
-use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
+use super::{ConvRow, Geometry, Levels, POSITIONS, WeightFormat, scalar};
 
 /// 8 channels a vector, three vectors a block, four activations a step.
 pub(super) const GEOMETRY: Geometry = Geometry {

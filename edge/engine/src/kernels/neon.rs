@@ -12,12 +12,12 @@
 use std::arch::aarch64::{
     int8x16_t, int32x4_t, vaddq_s32, vaddvq_s32, vcombine_u16, vcvtnq_s32_f32, vcvtq_f32_s32,
     vdup_n_u16, vdupq_n_f32, vdupq_n_s32, vdupq_n_u8, veorq_u8, vget_lane_u32, vget_low_s8,
-    vld1q_f32, vld1q_s8, vld1q_s32, vld1q_u8, vmaxq_f32, vmaxq_s32, vminq_f32, vmlal_high_s8,
-    vmovn_u16, vmovn_u32, vmull_s8, vmulq_f32, vpadalq_s16, vpaddlq_s8, vpaddq_s32,
+    vld1q_f32, vld1q_s8, vld1q_s32, vld1q_u8, vmaxq_f32, vmaxq_s32, vminq_f32, vminq_s32,
+    vmlal_high_s8, vmovn_u16, vmovn_u32, vmull_s8, vmulq_f32, vpadalq_s16, vpaddlq_s8, vpaddq_s32,
     vreinterpret_u32_u8, vreinterpretq_s8_u8, vreinterpretq_u32_s32,
 };
 
-use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
+use super::{ConvRow, Geometry, Levels, POSITIONS, WeightFormat, scalar};
 
 /// 4 channels a block, 16 activations a step.
 pub(super) const GEOMETRY: Geometry = Geometry {
@@ -42,6 +42,29 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 
 #[target_feature(enable = "neon")]
 fn tile(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
+    let [a, b, c, d] = sums(row, column);
+    let highest = vmaxq_s32(vmaxq_s32(a, b), vmaxq_s32(c, d));
+    let ([bias], [scale], [pixel]) = (row.bias(), row.scale(), row.pixel(column, out));
+    *pixel = requantize(vaddq_s32(highest, load_i32(bias)), scale);
+}
+
+/// See [`super::conv_rows`].
+#[target_feature(enable = "neon")]
+pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+    let ([bias], [scale]) = (row.bias(), row.scale());
+    let bias = load_i32(bias);
+    for column in 0..row.n_columns {
+        for (position, sum) in sums(row, column).into_iter().enumerate() {
+            let [pixel] = row.pixel(2 * column + position % 2, out[position / 2]);
+            *pixel = requantize_to(vaddq_s32(sum, bias), scale, levels);
+        }
+    }
+}
+
+/// The sums at the four positions of a window, less bias.
+#[inline]
+#[target_feature(enable = "neon")]
+fn sums(row: &ConvRow<'_>, column: usize) -> [int32x4_t; POSITIONS] {
     let mut sums = [[vdupq_n_s32(0); CHANNELS]; POSITIONS];
     for kernel_row in 0..row.kernel_rows() {
         let window = row.window::<16>(kernel_row, column);
@@ -56,10 +79,7 @@ fn tile(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
         }
     }
     let [a, b, c, d] = sums;
-    let [a, b, c, d] = [sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)];
-    let highest = vmaxq_s32(vmaxq_s32(a, b), vmaxq_s32(c, d));
-    let ([bias], [scale], [pixel]) = (row.bias(), row.scale(), row.pixel(column, out));
-    *pixel = requantize(vaddq_s32(highest, load_i32(bias)), scale);
+    [sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)]
 }
 
 /// The lanes of four vectors added up, one sum a lane.
@@ -102,7 +122,27 @@ pub(super) fn requantize(sums: int32x4_t, scale: &[f32; 4]) -> [u8; 4] {
     let scale = unsafe { vld1q_f32(scale.as_ptr()) };
     let scaled = vmulq_f32(vcvtq_f32_s32(sums), scale);
     let clamped = vminq_f32(vmaxq_f32(scaled, vdupq_n_f32(0.0)), vdupq_n_f32(255.0));
-    let words = vmovn_u32(vreinterpretq_u32_s32(vcvtnq_s32_f32(clamped)));
+    low_bytes(vcvtnq_s32_f32(clamped))
+}
+
+/// Four sums to four u8 with their levels, see [`super::requantize_to`].
+#[inline]
+#[target_feature(enable = "neon")]
+pub(super) fn requantize_to(sums: int32x4_t, scale: &[f32; 4], levels: Levels) -> [u8; 4] {
+    // SAFETY: the reference covers the 16 bytes that are read.
+    let scale = unsafe { vld1q_f32(scale.as_ptr()) };
+    let scaled = vmulq_f32(vcvtq_f32_s32(sums), scale);
+    let clamped = vminq_f32(vmaxq_f32(scaled, vdupq_n_f32(-512.0)), vdupq_n_f32(512.0));
+    let shifted = vaddq_s32(vcvtnq_s32_f32(clamped), vdupq_n_s32(levels.zero.into()));
+    let raised = vmaxq_s32(shifted, vdupq_n_s32(levels.lowest.into()));
+    low_bytes(vminq_s32(raised, vdupq_n_s32(255)))
+}
+
+/// Four numbers of 0 to 255 as bytes.
+#[inline]
+#[target_feature(enable = "neon")]
+fn low_bytes(numbers: int32x4_t) -> [u8; 4] {
+    let words = vmovn_u32(vreinterpretq_u32_s32(numbers));
     let bytes = vmovn_u16(vcombine_u16(words, vdup_n_u16(0)));
     vget_lane_u32::<0>(vreinterpret_u32_u8(bytes)).to_le_bytes()
 }

@@ -10,8 +10,8 @@
 use std::arch::aarch64::{int8x16_t, int32x4_t, vaddvq_s32, vdupq_n_s8, vdupq_n_s32, vmaxq_s32};
 use std::arch::asm;
 
-use super::neon::{load_i32, load_offset, load_weights, requantize};
-use super::{ConvRow, Geometry, POSITIONS, WeightFormat, scalar};
+use super::neon::{load_i32, load_offset, load_weights, requantize, requantize_to};
+use super::{ConvRow, Geometry, Levels, POSITIONS, WeightFormat, scalar};
 
 /// 4 channels a vector, six vectors a block, four activations a group, 16 a step.
 pub(super) const GEOMETRY: Geometry = Geometry {
@@ -40,6 +40,57 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 /// One pooled column of `VECTORS` x 4 channels.
 #[target_feature(enable = "neon,dotprod")]
 fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
+    let [a, b, c, d] = sums::<VECTORS>(row, column);
+    for (v, (bytes, scale)) in row
+        .pixel::<4, VECTORS>(column, out)
+        .iter_mut()
+        .zip(row.scale::<4, VECTORS>())
+        .enumerate()
+    {
+        let highest = vmaxq_s32(vmaxq_s32(a[v], b[v]), vmaxq_s32(c[v], d[v]));
+        *bytes = requantize(highest, scale);
+    }
+}
+
+/// See [`super::conv_rows`].
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+    let out = &mut out;
+    match row.bias.len() {
+        4 => (0..row.n_columns).for_each(|column| window::<1>(row, column, levels, out)),
+        8 => (0..row.n_columns).for_each(|column| window::<2>(row, column, levels, out)),
+        12 => (0..row.n_columns).for_each(|column| window::<3>(row, column, levels, out)),
+        16 => (0..row.n_columns).for_each(|column| window::<4>(row, column, levels, out)),
+        20 => (0..row.n_columns).for_each(|column| window::<5>(row, column, levels, out)),
+        24 => (0..row.n_columns).for_each(|column| window::<6>(row, column, levels, out)),
+        n => panic!("a block of {n} channels was not packed for this kernel"),
+    }
+}
+
+/// The four positions of a window, not pooled.
+#[target_feature(enable = "neon,dotprod")]
+fn window<const VECTORS: usize>(
+    row: &ConvRow<'_>,
+    column: usize,
+    levels: Levels,
+    out: &mut [&mut [u8]; 2],
+) {
+    for (position, sums) in sums::<VECTORS>(row, column).into_iter().enumerate() {
+        let pixel = row.pixel::<4, VECTORS>(2 * column + position % 2, out[position / 2]);
+        let scales = row.scale::<4, VECTORS>();
+        for ((bytes, scale), sum) in pixel.iter_mut().zip(scales).zip(sums) {
+            *bytes = requantize_to(sum, scale, levels);
+        }
+    }
+}
+
+/// The sums at the four positions of a window, bias included.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn sums<const VECTORS: usize>(
+    row: &ConvRow<'_>,
+    column: usize,
+) -> [[int32x4_t; VECTORS]; POSITIONS] {
     let mut sums = [[vdupq_n_s32(0); VECTORS]; POSITIONS];
     for (v, bias) in row.bias::<4, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
@@ -68,16 +119,7 @@ fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) 
             add_lane::<VECTORS, 3>(&mut sums, activations, fourth);
         }
     }
-    let [a, b, c, d] = sums;
-    for (v, (bytes, scale)) in row
-        .pixel::<4, VECTORS>(column, out)
-        .iter_mut()
-        .zip(row.scale::<4, VECTORS>())
-        .enumerate()
-    {
-        let highest = vmaxq_s32(vmaxq_s32(a[v], b[v]), vmaxq_s32(c[v], d[v]));
-        *bytes = requantize(highest, scale);
-    }
+    sums
 }
 
 /// Four activations of each position, those of lane `LANE`, times their weights.

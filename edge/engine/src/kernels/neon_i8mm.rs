@@ -16,8 +16,8 @@ use std::arch::aarch64::{
 };
 use std::arch::asm;
 
-use super::neon::{load_i32, load_weights, requantize};
-use super::{ConvRow, Geometry, WeightFormat, scalar};
+use super::neon::{load_i32, load_weights, requantize, requantize_to};
+use super::{ConvRow, Geometry, Levels, WeightFormat, scalar};
 
 /// 4 channels a vector, four vectors a block, eight activations a group, 16 a step.
 pub(super) const GEOMETRY: Geometry = Geometry {
@@ -47,24 +47,7 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 /// One pooled column of `VECTORS` x 4 channels.
 #[target_feature(enable = "neon,i8mm")]
 fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
-    // Two rows of positions, and for each vector of channels two squares.
-    let mut sums: [[[Square; 2]; VECTORS]; 2] = [[[vdupq_n_s32(0); 2]; VECTORS]; 2];
-    for kernel_row in 0..row.kernel_rows() {
-        let window = row.window::<16>(kernel_row, column);
-        let weights = row
-            .kernel_row_weights(kernel_row)
-            .as_chunks::<32>()
-            .0
-            .as_chunks::<VECTORS>()
-            .0;
-        for (step, [low, high]) in (0..window.n_steps).zip(weights.as_chunks::<2>().0) {
-            let [a, b] = [load(window.at(0, step)), load(window.at(1, step))];
-            let [c, d] = [load(window.at(2, step)), load(window.at(3, step))];
-            add_group(&mut sums, [low_halves(a, b), low_halves(c, d)], low);
-            add_group(&mut sums, [high_halves(a, b), high_halves(c, d)], high);
-        }
-    }
-    let [top, bottom] = sums;
+    let [top, bottom] = sums::<VECTORS>(row, column);
     let parameters = row
         .bias::<4, VECTORS>()
         .iter()
@@ -83,6 +66,70 @@ fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) 
         let b = vmax_s32(vget_low_s32(b), vget_high_s32(b));
         *bytes = requantize(vaddq_s32(vcombine_s32(a, b), load_i32(bias)), scale);
     }
+}
+
+/// See [`super::conv_rows`].
+#[target_feature(enable = "neon,i8mm")]
+pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+    let out = &mut out;
+    match row.bias.len() {
+        4 => (0..row.n_columns).for_each(|column| window::<1>(row, column, levels, out)),
+        8 => (0..row.n_columns).for_each(|column| window::<2>(row, column, levels, out)),
+        12 => (0..row.n_columns).for_each(|column| window::<3>(row, column, levels, out)),
+        16 => (0..row.n_columns).for_each(|column| window::<4>(row, column, levels, out)),
+        n => panic!("a block of {n} channels was not packed for this kernel"),
+    }
+}
+
+/// The four positions of a window, not pooled.
+#[target_feature(enable = "neon,i8mm")]
+fn window<const VECTORS: usize>(
+    row: &ConvRow<'_>,
+    column: usize,
+    levels: Levels,
+    out: &mut [&mut [u8]; 2],
+) {
+    let parameters = || {
+        row.bias::<4, VECTORS>()
+            .iter()
+            .zip(row.scale::<4, VECTORS>())
+    };
+    for (sums, out) in sums::<VECTORS>(row, column).into_iter().zip(out) {
+        let left = row.pixel::<4, VECTORS>(2 * column, out);
+        for ((bytes, [a, b]), (bias, scale)) in left.iter_mut().zip(sums).zip(parameters()) {
+            let sum = vcombine_s32(vget_low_s32(a), vget_low_s32(b));
+            *bytes = requantize_to(vaddq_s32(sum, load_i32(bias)), scale, levels);
+        }
+        let right = row.pixel::<4, VECTORS>(2 * column + 1, out);
+        for ((bytes, [a, b]), (bias, scale)) in right.iter_mut().zip(sums).zip(parameters()) {
+            let sum = vcombine_s32(vget_high_s32(a), vget_high_s32(b));
+            *bytes = requantize_to(vaddq_s32(sum, load_i32(bias)), scale, levels);
+        }
+    }
+}
+
+/// The sums of a window less bias, for each of its two rows and each vector of channels two squares.
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+fn sums<const VECTORS: usize>(row: &ConvRow<'_>, column: usize) -> [[[Square; 2]; VECTORS]; 2] {
+    // Two rows of positions, and for each vector of channels two squares.
+    let mut sums: [[[Square; 2]; VECTORS]; 2] = [[[vdupq_n_s32(0); 2]; VECTORS]; 2];
+    for kernel_row in 0..row.kernel_rows() {
+        let window = row.window::<16>(kernel_row, column);
+        let weights = row
+            .kernel_row_weights(kernel_row)
+            .as_chunks::<32>()
+            .0
+            .as_chunks::<VECTORS>()
+            .0;
+        for (step, [low, high]) in (0..window.n_steps).zip(weights.as_chunks::<2>().0) {
+            let [a, b] = [load(window.at(0, step)), load(window.at(1, step))];
+            let [c, d] = [load(window.at(2, step)), load(window.at(3, step))];
+            add_group(&mut sums, [low_halves(a, b), low_halves(c, d)], low);
+            add_group(&mut sums, [high_halves(a, b), high_halves(c, d)], high);
+        }
+    }
+    sums
 }
 
 /// Eight activations of each position times their weights.

@@ -41,6 +41,45 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
     }
 }
 
+/// What the integers of an output stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Levels {
+    /// The zero point.
+    pub(crate) zero: u8,
+    /// Smallest integer: the zero point where a ReLU follows, else 0.
+    pub(crate) lowest: u8,
+}
+
+/// 1.5 x 2^23: the f32 beside it are the integers, so that adding it rounds to one, half to even, and subtracting it leaves that one.
+const ROUNDS: f32 = 12_582_912.0;
+
+/// `clamp(round_half_even(f32(sum) x scale) + zero, lowest, 255)`.
+#[inline]
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the conversion to f32 is the definition; the value is clamped to 0..=255 before it becomes u8"
+)]
+pub(crate) fn requantize_to(levels: Levels, sum: i32, scale: f32) -> u8 {
+    let rounded = ((sum as f32 * scale).clamp(-512.0, 512.0) + ROUNDS) - ROUNDS;
+    let shifted = rounded + f32::from(levels.zero);
+    shifted.clamp(f32::from(levels.lowest), 255.0) as u8
+}
+
+/// The four positions of each window of one block of channels, not pooled.
+pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+    for (line, out) in out.iter_mut().enumerate() {
+        for column in 0..2 * row.n_columns {
+            let sums = convolve(row, line, column);
+            let pixel = &mut out[column * row.out_stride..][..CHANNELS];
+            for ((byte, sum), &scale) in pixel.iter_mut().zip(sums).zip(row.scale) {
+                *byte = requantize_to(levels, sum, scale);
+            }
+        }
+    }
+}
+
 /// Accumulators of the block's channels at one position before pooling.
 fn convolve(row: &ConvRow<'_>, top: usize, column: usize) -> [i32; CHANNELS] {
     let mut sums = [0; CHANNELS];
@@ -71,4 +110,26 @@ pub(super) fn dot(activations: &[u8], weights: &[u8]) -> i32 {
         .zip(weights)
         .map(|(&a, &w)| i32::from(a) * i32::from(w.cast_signed()))
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to u8"
+    )]
+    fn requantize_to_rounds_half_to_even() {
+        let levels = |zero, lowest| Levels { zero, lowest };
+        for sum in -1100..1100 {
+            let expected = (f64::from(sum) / 2.0).round_ties_even() + 100.0;
+            let expected = expected.clamp(3.0, 255.0) as u8;
+            assert_eq!(requantize_to(levels(100, 3), sum, 0.5), expected, "{sum}");
+        }
+        assert_eq!(requantize_to(levels(0, 0), i32::MAX, 1e9), 255);
+        assert_eq!(requantize_to(levels(255, 7), i32::MIN, 1e9), 7);
+    }
 }

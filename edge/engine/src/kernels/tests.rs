@@ -6,8 +6,8 @@ use proptest::test_runner::TestCaseError;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::float::FloatKernel;
 use super::{
-    ConvRow, Kernel, Unpacked, WinogradLayer, WinogradRow, WinogradScratch, conv_row, dense,
-    is_exact, pack, winograd_row,
+    ConvRow, Kernel, Levels, Unpacked, WinogradLayer, WinogradRow, WinogradScratch, conv_row,
+    conv_rows, dense, is_exact, pack, winograd_row,
 };
 
 /// Seeded bytes (SplitMix64); `weight` keeps them out of -128.
@@ -41,8 +41,8 @@ fn weights(seed: u64, n: usize, extreme: u8) -> Vec<u8> {
     }
 }
 
-/// A row of a layer through one kernel: the bytes of the true channels, pixel by pixel.
-fn layer_row(kernel: Kernel, layer: &Layer) -> Vec<u8> {
+/// A row of a layer through one kernel, pooled or, with levels, not: the bytes of the true channels, pixel by pixel.
+fn layer_row(kernel: Kernel, layer: &Layer, levels: Option<Levels>) -> Vec<u8> {
     let step = kernel.geometry().step;
     let row_bytes = layer.row_bytes.next_multiple_of(step);
     let (filters, width) = (layer.n_channels * layer.kernel_rows, layer.row_bytes);
@@ -80,7 +80,8 @@ fn layer_row(kernel: Kernel, layer: &Layer) -> Vec<u8> {
         layer.extreme.0,
     );
     let rows: Vec<&[u8]> = input.chunks_exact(input_bytes).collect();
-    let mut out = vec![0; layer.n_columns * out_stride];
+    let half = 2 * layer.n_columns * out_stride;
+    let mut out = vec![0; if levels.is_some() { 2 * half } else { half / 2 }];
     for block in &blocks {
         let row = ConvRow {
             rows: &rows,
@@ -92,7 +93,14 @@ fn layer_row(kernel: Kernel, layer: &Layer) -> Vec<u8> {
             n_columns: layer.n_columns,
             out_stride,
         };
-        conv_row(kernel, &row, &mut out[block.first_channel..]);
+        match levels {
+            None => conv_row(kernel, &row, &mut out[block.first_channel..]),
+            Some(levels) => {
+                let (top, bottom) = out.split_at_mut(half);
+                let out = [top, bottom].map(|half| &mut half[block.first_channel..]);
+                conv_rows(kernel, &row, levels, out);
+            }
+        }
     }
     out.chunks_exact(out_stride)
         .flat_map(|pixel| &pixel[..layer.n_channels])
@@ -114,9 +122,14 @@ struct Layer {
 }
 
 fn check_layer(layer: &Layer) -> Result<(), TestCaseError> {
-    let expected = layer_row(Kernel::Scalar, layer);
-    for kernel in Kernel::available() {
-        prop_assert_eq!(&layer_row(kernel, layer), &expected, "{}", kernel);
+    let zero = layer.seed.to_le_bytes()[0];
+    let lowest = if layer.extreme.0 > 2 { zero } else { 0 };
+    for levels in [None, Some(Levels { zero, lowest })] {
+        let expected = layer_row(Kernel::Scalar, layer, levels);
+        for kernel in Kernel::available() {
+            let kernel = levels.map_or(kernel, |_| kernel.without_pool());
+            prop_assert_eq!(&layer_row(kernel, layer, levels), &expected, "{}", kernel);
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! A tile is one 2 x 2 window by 24 output channels: 12 registers hold sums, the rest is the multiplication's.
 
-/// Writes `conv_row` for a multiplication: `$add(sums of a position, its four activations, their weights)`, with `$weight_bytes` bytes of
+/// Writes `conv_row` and `conv_rows` for a multiplication: `$add(sums of a position, its four activations, their weights)`, with `$weight_bytes` bytes of
 /// weights for eight channels.
 macro_rules! tile_256 {
     ($features:literal, $weight_bytes:literal, $add:ident) => {
@@ -20,6 +20,49 @@ macro_rules! tile_256 {
         /// One pooled column of `VECTORS` x 8 channels.
         #[target_feature(enable = $features)]
         fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
+            let [a, b, c, d] = sums::<VECTORS>(row, column);
+            let pixel = row.pixel::<8, VECTORS>(column, out);
+            for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
+                pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
+            }
+        }
+
+        /// See [`super::conv_rows`].
+        #[target_feature(enable = $features)]
+        pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+            let out = &mut out;
+            match row.bias.len() {
+                8 => (0..row.n_columns).for_each(|column| window::<1>(row, column, levels, out)),
+                16 => (0..row.n_columns).for_each(|column| window::<2>(row, column, levels, out)),
+                24 => (0..row.n_columns).for_each(|column| window::<3>(row, column, levels, out)),
+                n => panic!("a block of {n} channels was not packed for this kernel"),
+            }
+        }
+
+        /// The four positions of a window, not pooled.
+        #[target_feature(enable = $features)]
+        fn window<const VECTORS: usize>(
+            row: &ConvRow<'_>,
+            column: usize,
+            levels: Levels,
+            out: &mut [&mut [u8]; 2],
+        ) {
+            for (position, sums) in sums::<VECTORS>(row, column).into_iter().enumerate() {
+                let pixel = row.pixel::<8, VECTORS>(2 * column + position % 2, out[position / 2]);
+                let scales = row.scale::<8, VECTORS>();
+                for ((bytes, scale), sum) in pixel.iter_mut().zip(scales).zip(sums) {
+                    requantize_and_store(sum, scale, levels, bytes);
+                }
+            }
+        }
+
+        /// The sums at the four positions of a window, bias included.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn sums<const VECTORS: usize>(
+            row: &ConvRow<'_>,
+            column: usize,
+        ) -> [[__m256i; VECTORS]; POSITIONS] {
             let mut sums = [[_mm256_setzero_si256(); VECTORS]; POSITIONS];
             for (v, bias) in row.bias::<8, VECTORS>().iter().enumerate() {
                 let bias = load_i32(bias);
@@ -39,11 +82,7 @@ macro_rules! tile_256 {
                     }
                 }
             }
-            let [a, b, c, d] = sums;
-            let pixel = row.pixel::<8, VECTORS>(column, out);
-            for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
-                pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
-            }
+            sums
         }
     };
 }
