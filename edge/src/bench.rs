@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &BenchArgs, out: &mut dyn Write) -> Result<Exit, Fa
     let resident_bytes = status_bytes("VmRSS:");
     let peak_bytes = status_bytes("VmHWM:");
     let explanation = ready.model.explain().map_err(failure(Exit::FailedCheck))?;
-    let macs: u64 = explanation.layers.iter().map(|layer| layer.macs).sum();
+    let macs = explanation.total().macs;
     let peak = explanation.peak_macs_per_second;
     let share_of_peak = peak.map(|peak| share(macs, times[times.len() / 2], options.threads, peak));
     let result = BenchJson {
@@ -175,7 +175,7 @@ fn table(out: &mut dyn Write, result: &BenchJson<'_>) -> std::io::Result<()> {
     match result.macs.zip(share) {
         Some((macs, share)) => writeln!(
             out,
-            "work      {} MMAC a slice, {share:.1} % of what {} cores multiply at most",
+            "work      {} MMAC a slice by definition, {share:.1} % of what {} cores multiply at most",
             macs / 1_000_000,
             result.threads
         ),

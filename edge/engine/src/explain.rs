@@ -27,8 +27,8 @@ pub struct Explanation {
     pub reason: Option<String>,
     /// Multiply-accumulates a second of one core with the kernel's instruction and nothing else; `None` where not measured.
     pub peak_macs_per_second: Option<f64>,
-    /// Bytes of activations of a session of one thread.
-    pub activation_bytes: usize,
+    /// Bytes of activations of a session of one thread; `None` where tract takes and gives back memory as it goes.
+    pub activation_bytes: Option<usize>,
     /// The layers in order.
     pub layers: Vec<LayerReport>,
 }
@@ -99,7 +99,7 @@ fn explain(network: &Arc<Network>) -> Result<Explanation, RunError> {
         runs_on: network.kernel.to_string(),
         reason: None,
         peak_macs_per_second: peak,
-        activation_bytes: runner.activation_bytes(),
+        activation_bytes: Some(runner.activation_bytes()),
         layers: timed(convolutions.chain(dense), peak, || {
             runner.layer_times(&image)
         }),
@@ -127,7 +127,7 @@ fn explain_float(network: &Arc<FloatNetwork>) -> Result<Explanation, RunError> {
         runs_on: format!("f32 {}, whose bits differ between CPUs", network.kernel),
         reason: None,
         peak_macs_per_second: peak,
-        activation_bytes: runner.activation_bytes(),
+        activation_bytes: Some(runner.activation_bytes()),
         layers: timed(convolutions.chain(dense), peak, || {
             runner.layer_times(&image)
         }),
@@ -186,9 +186,27 @@ fn explain_tract(model: &TractModel) -> Result<Explanation, RunError> {
         },
         reason: Some(model.reason().to_owned()),
         peak_macs_per_second: peak,
-        activation_bytes: 0,
+        activation_bytes: None,
         layers: nodes.into_iter().map(layer).collect(),
     })
+}
+
+impl Explanation {
+    /// All layers together, on one thread.
+    #[must_use]
+    pub fn total(&self) -> LayerReport {
+        let micros = self.layers.iter().map(|layer| layer.micros).sum();
+        let macs = self.layers.iter().map(|layer| layer.macs).sum();
+        let peak = self.peak_macs_per_second.filter(|_| macs > 0);
+        LayerReport {
+            name: "all".to_owned(),
+            operator: String::new(),
+            micros,
+            macs,
+            weight_bytes: self.layers.iter().map(|layer| layer.weight_bytes).sum(),
+            share_of_peak: peak.map(|peak| rate(macs, micros * 1e-6) / peak),
+        }
+    }
 }
 
 #[expect(
@@ -197,6 +215,16 @@ fn explain_tract(model: &TractModel) -> Result<Explanation, RunError> {
 )]
 fn rate(macs: u64, seconds: f64) -> f64 {
     macs as f64 / seconds
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a number for people")]
+fn mega(macs: u64) -> f64 {
+    macs as f64 / 1e6
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a number for people")]
+fn kibi(bytes: usize) -> f64 {
+    bytes as f64 / 1024.0
 }
 
 /// Bytes without pattern, so that no kernel could skip work.
@@ -213,21 +241,23 @@ impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "runs on {}", self.runs_on)?;
         if let Some(reason) = &self.reason {
-            writeln!(f, "not on our kernels because {reason}")?;
+            writeln!(f, "not on our kernels from end to end because {reason}")?;
         }
-        if let Some(peak) = self.peak_macs_per_second {
-            writeln!(
-                f,
-                "peak of one core {:.1} GMAC/s, activations {} KiB",
-                peak / 1e9,
-                self.activation_bytes / 1024
-            )?;
+        match self.peak_macs_per_second {
+            Some(peak) => writeln!(f, "peak of one core {:.1} GMAC/s", peak / 1e9)?,
+            None => writeln!(f, "peak of one core not measured for this kernel")?,
         }
-        for layer in &self.layers {
-            let share = layer.share_of_peak.map_or_else(String::new, |share| {
-                format!("{:5.1} % of peak", 100.0 * share)
-            });
-            let (mmac, kib) = (layer.macs / 1_000_000, layer.weight_bytes / 1024);
+        if let Some(bytes) = self.activation_bytes {
+            writeln!(f, "activations {} KiB a session", bytes / 1024)?;
+        }
+        let widest = |text: fn(&LayerReport) -> &str| {
+            let lengths = self.layers.iter().map(|layer| text(layer).chars().count());
+            lengths.max().unwrap_or_default()
+        };
+        let (names, operators) = (widest(|layer| &layer.name), widest(|layer| &layer.operator));
+        let line = |f: &mut fmt::Formatter<'_>, layer: &LayerReport| {
+            let share = layer.share_of_peak.map(|share| 100.0 * share);
+            let share = share.map_or_else(String::new, |share| format!("{share:6.1} % of peak"));
             let LayerReport {
                 name,
                 operator,
@@ -236,7 +266,24 @@ impl fmt::Display for Explanation {
             } = layer;
             writeln!(
                 f,
-                "{name:20} {operator:38} {micros:10.0} us {mmac:7} MMAC {kib:6} KiB weights {share}"
+                "{name:names$}  {operator:operators$} {:9.3} ms {:10.3} MMAC {:9.1} KiB weights {share}",
+                micros / 1e3,
+                mega(layer.macs),
+                kibi(layer.weight_bytes),
+            )
+        };
+        for layer in &self.layers {
+            line(f, layer)?;
+        }
+        line(f, &self.total())?;
+        if self
+            .layers
+            .iter()
+            .any(|layer| layer.share_of_peak > Some(1.0))
+        {
+            writeln!(
+                f,
+                "above 100 %: Winograd multiplies less than the layer's definition, by which MMAC are counted"
             )?;
         }
         Ok(())
