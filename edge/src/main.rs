@@ -3,7 +3,7 @@
 //! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process (behind its [`confinement`]), where
 //! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
 //! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
-//! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]), decides ([`decide`]) and sends ([`send`]; [`commitment`] says who keeps what was stored). [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
+//! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]), decides ([`decide`]) and sends ([`send`]; [`commitment`] says who keeps what was stored); a fault in one of its parts that is [`vital`] ends it. [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -28,6 +28,7 @@ mod serve;
 mod study;
 mod supervisor;
 mod tensor_file;
+mod vital;
 mod walk;
 mod watchdog;
 mod wire;

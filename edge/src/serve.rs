@@ -28,7 +28,7 @@ use crate::operate::audit::{Audit, Event};
 use crate::operate::metrics::Metrics;
 use crate::operate::model_store::ModelStore;
 use crate::send::outbox::Outbox;
-use crate::{commitment, operate, page, send};
+use crate::{commitment, operate, page, send, vital};
 
 /// Threads of the runtime; the network and the worker have their own.
 const RUNTIME_THREADS: usize = 2;
@@ -83,6 +83,7 @@ pub(crate) struct NodeState {
 pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
     let config = load(arguments.config.as_deref())?;
     operate::log::begin();
+    vital::log_panics();
     // What is written belongs to patients: for the node's user alone, whatever the shell that starts it allows.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -188,7 +189,8 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
         audit,
         models,
     });
-    let listening = tokio::spawn(listener.run(Arc::clone(&node.intake), node.stopping.clone()));
+    let accepting = listener.run(Arc::clone(&node.intake), node.stopping.clone());
+    let listening = tokio::spawn(vital::task("listener", accepting));
     start_retention_and_folder(&node);
     start_page(&node, page_listener, page_settings);
     tokio::spawn(operate::systemd::feed(
@@ -230,18 +232,18 @@ async fn ended<T>(part: JoinHandle<T>) -> Result<T, Failure> {
 fn start_page(node: &Arc<NodeState>, listener: TcpListener, settings: page::Settings) {
     let settings = page::node::follow_settings(node, settings);
     let router = page::routes::router(page::node::sources(node), settings);
-    tokio::spawn(page::server::run(listener, router, node.stopping.clone()));
+    let serving = page::server::run(listener, router, node.stopping.clone());
+    tokio::spawn(vital::task("page", serving));
 }
 
 /// Starts what deletes, and what takes files.
 fn start_retention_and_folder(node: &Arc<NodeState>) {
-    tokio::spawn(retention::run(
-        Arc::clone(&node.intake),
-        node.stopping.clone(),
-    ));
+    let deleting = retention::run(Arc::clone(&node.intake), node.stopping.clone());
+    tokio::spawn(vital::task("retention", deleting));
     let (intake, stopping) = (Arc::clone(&node.intake), node.stopping.clone());
     let runtime = tokio::runtime::Handle::current();
-    tokio::task::spawn_blocking(move || watch_folder::run(&intake, &runtime, &stopping));
+    let taking = move || watch_folder::run(&intake, &runtime, &stopping);
+    tokio::task::spawn_blocking(move || vital::work("watch folder", taking));
 }
 
 fn load_tls(config: &Config) -> Result<Option<tls::Identity>, Failure> {

@@ -20,6 +20,7 @@ use crate::send::back_off::Patience;
 use crate::send::connection::Connection;
 use crate::send::pacs::Pacs;
 use crate::serve::NodeState;
+use crate::vital;
 
 /// How long an association with the PACS is kept open for its reports.
 const LINGER: Duration = Duration::from_secs(5);
@@ -78,9 +79,12 @@ pub(crate) fn start(node: &Arc<NodeState>) {
         Arc::clone(&commitments.promised),
         reporting_way(&config, tls.as_ref()),
     );
-    tokio::spawn(Arc::clone(&asking).run(node.stopping.clone()));
-    tokio::spawn(Arc::clone(&reporting).run(node.stopping.clone()));
-    tokio::spawn(reconfigure(Arc::clone(node), asking, reporting));
+    let asked = Arc::clone(&asking).run(node.stopping.clone());
+    let reported = Arc::clone(&reporting).run(node.stopping.clone());
+    let configuring = reconfigure(Arc::clone(node), asking, reporting);
+    tokio::spawn(vital::task("commitment", asked));
+    tokio::spawn(vital::task("commitment", reported));
+    tokio::spawn(vital::task("commitment", configuring));
 }
 
 async fn reconfigure(node: Arc<NodeState>, asking: Arc<Asking>, reporting: Arc<Reporting>) {

@@ -35,6 +35,7 @@ use crate::model::ReadyModel;
 use crate::result::ModelIdentity;
 use crate::series::Limits;
 use crate::supervisor::{Tensor, WorkerCommand};
+use crate::vital;
 use crate::wire::{ObjectFacts, Reason};
 use again::Again;
 use analysis::Start;
@@ -244,12 +245,13 @@ impl Deciding {
             })?,
         ];
         let noted = Arc::clone(&arrivals);
-        let watcher = tokio::spawn(async move {
+        let noting = async move {
             while latest.changed().await.is_ok() {
                 let sequence = *latest.borrow_and_update();
                 noted.note(sequence, Instant::now());
             }
-        });
+        };
+        let watcher = tokio::spawn(vital::task("arrivals", noting));
         Ok(Self {
             arrivals,
             handoff,
@@ -264,16 +266,19 @@ impl Deciding {
         self.arrivals.close();
         self.handoff.close();
         for thread in self.threads {
-            // A panic has been printed already; there is nothing left to end.
+            // A panic has ended the program.
             drop(thread.join());
         }
     }
 }
 
-fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
+fn thread(
+    name: &'static str,
+    work: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<JoinHandle<()>> {
     let started: io::Result<_> = std::thread::Builder::new()
         .name(name.to_owned())
-        .spawn(work);
+        .spawn(move || vital::work(name, work));
     started.with_context(|| format!("thread {name}"))
 }
 

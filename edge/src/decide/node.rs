@@ -19,6 +19,7 @@ use crate::operate;
 use crate::operate::model_store::ModelStore;
 use crate::send::outbox::{self, Channels};
 use crate::serve::NodeState;
+use crate::vital;
 use crate::wire::Reason;
 
 /// Opens the results database; one that is missing or broken is made anew from what the spool holds.
@@ -138,7 +139,7 @@ fn enqueue(config: watch::Receiver<Arc<Config>>) -> Box<Enqueue> {
 fn tell_page(node: &Arc<NodeState>) {
     let mut changes = node.changed.subscribe();
     let page = node.page_changed.clone();
-    tokio::spawn(async move {
+    tokio::spawn(vital::task("page", async move {
         loop {
             match changes.recv().await {
                 // An error of the page's channel means that nobody watches.
@@ -146,5 +147,5 @@ fn tell_page(node: &Arc<NodeState>) {
                 Err(RecvError::Closed) => return,
             }
         }
-    });
+    }));
 }

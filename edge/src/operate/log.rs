@@ -41,7 +41,10 @@ pub(crate) fn subscriber<W>(
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let layer = tracing_subscriber::fmt::layer().with_writer(writer);
+    // Where the log's reader is gone, lines are lost. Complaining about that on standard error would panic.
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
+        .log_internal_errors(false);
     let own = Targets::new().with_target("edge", level);
     let layer: Box<dyn Layer<Registry> + Send + Sync> = if is_terminal {
         Box::new(layer.with_ansi(false).with_target(false).with_filter(own))

@@ -15,6 +15,7 @@ use crate::operate::status::{Peer, Status};
 use crate::operate::visitors::Visitors;
 use crate::send;
 use crate::serve::NodeState;
+use crate::vital;
 
 /// What the page shows of `node`.
 pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
@@ -59,7 +60,7 @@ pub(crate) fn follow_settings(
 ) -> watch::Receiver<Arc<Settings>> {
     let (sender, receiver) = watch::channel(Arc::new(first));
     let mut config = node.config.clone();
-    tokio::spawn(async move {
+    tokio::spawn(vital::task("page", async move {
         while config.changed().await.is_ok() {
             let config = Arc::clone(&config.borrow_and_update());
             match settings(&config) {
@@ -67,7 +68,7 @@ pub(crate) fn follow_settings(
                 Err(error) => tracing::error!(%error, "the page's settings are not changed"),
             }
         }
-    });
+    }));
     receiver
 }
 

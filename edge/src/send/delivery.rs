@@ -21,6 +21,7 @@ use super::stow::Stow;
 use super::structured_report::Predecessor;
 use super::webhook::Webhook;
 use crate::result::StudyResult;
+use crate::vital;
 
 /// How often a receiver's task looks into the outbox unasked.
 const IDLE: Duration = Duration::from_secs(30);
@@ -138,21 +139,21 @@ impl Delivery {
     pub(crate) async fn run(self: Arc<Self>, shutdown: watch::Receiver<bool>) {
         let mut tasks = JoinSet::new();
         let (mut down, delivery) = (shutdown.clone(), Arc::clone(&self));
-        tasks.spawn(async move {
+        tasks.spawn(vital::task("outbox", async move {
             tokio::select! {
                 () = delivery.keep_bounds() => {}
                 _ = down.wait_for(|is_down| *is_down) => {}
             }
-        });
+        }));
         for receiver in Receiver::ALL {
             let mut shutdown = shutdown.clone();
             let delivery = Arc::clone(&self);
-            tasks.spawn(async move {
+            tasks.spawn(vital::task("outbox", async move {
                 tokio::select! {
                     () = delivery.serve(receiver) => {}
                     _ = shutdown.wait_for(|is_down| *is_down) => {}
                 }
-            });
+            }));
         }
         while tasks.join_next().await.is_some() {}
     }

@@ -42,6 +42,7 @@ use crate::operate::watch;
 use crate::page::NotShown;
 use crate::result::StudyResult;
 use crate::serve::NodeState;
+use crate::vital;
 
 /// The system's time zone.
 const LOCAL_TIME: &str = "/etc/localtime";
@@ -79,9 +80,13 @@ pub(crate) fn start(node: &Arc<NodeState>) -> Result<JoinHandle<()>, Failure> {
     );
     // Before anything is decided: what changes from here on is heard.
     let changes = node.changed.subscribe();
-    tokio::spawn(ring(Arc::clone(&node.outbox), changes));
-    tokio::spawn(forget(Arc::clone(node)));
-    tokio::spawn(reconfigure(Arc::clone(node), Arc::clone(&delivery), device));
+    tokio::spawn(vital::task(
+        "outbox",
+        ring(Arc::clone(&node.outbox), changes),
+    ));
+    tokio::spawn(vital::task("outbox", forget(Arc::clone(node))));
+    let configuring = reconfigure(Arc::clone(node), Arc::clone(&delivery), device);
+    tokio::spawn(vital::task("outbox", configuring));
     Ok(tokio::spawn(delivery.run(node.stopping.clone())))
 }
 

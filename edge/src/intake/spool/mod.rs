@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use crate::launch::until_let_go;
+use crate::vital;
 
 pub(crate) use entry::Entry;
 pub(crate) use record::Header;
@@ -221,9 +222,11 @@ impl Spool {
             free_space: Mutex::new(None),
         });
         let for_writer = Arc::clone(&shared);
+        let (next_sequence, empty) = (recovered.next_sequence, recovered.empty);
+        let writing = move || writer::run(&for_writer, next_sequence, empty);
         let writer = std::thread::Builder::new()
             .name("spool".to_owned())
-            .spawn(move || writer::run(&for_writer, recovered.next_sequence, recovered.empty))?;
+            .spawn(move || vital::work("spool", writing))?;
         Ok(Arc::new(Self {
             shared,
             writer: Mutex::new(Some(writer)),
