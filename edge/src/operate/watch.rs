@@ -10,6 +10,7 @@ use anyhow::Context;
 use shared::uid::Uid;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::audit::{Audit, Event, MAX_FILE_BYTES};
@@ -22,6 +23,7 @@ use crate::exit::{Exit, Failure, failure};
 use crate::intake::spool::Spool;
 use crate::result::{Outcome, State, StudyResult};
 use crate::serve::NodeState;
+use crate::vital;
 
 /// Slices after which a model has served.
 const SERVED_SLICES: u64 = 10;
@@ -86,30 +88,47 @@ pub(crate) fn rolled_back(node: &NodeState) {
     );
 }
 
+/// The task that follows.
+#[derive(Debug)]
+pub(crate) struct Watching {
+    task: JoinHandle<()>,
+    /// Sent when nothing more will be decided.
+    end: oneshot::Sender<()>,
+}
+
 /// Begins to follow.
-pub(crate) fn start(node: &Arc<NodeState>) -> JoinHandle<()> {
+pub(crate) fn start(node: &Arc<NodeState>) -> Watching {
     let node = Arc::clone(node);
     // Before anything is decided: what changes from here on is heard.
     let changes = node.changed.subscribe();
-    tokio::spawn(async move { follow(&node, changes).await })
+    let (end, ended) = oneshot::channel();
+    let task = tokio::spawn(vital::task("audit", async move {
+        follow(&node, changes, ended).await;
+    }));
+    Watching { task, end }
 }
 
-/// Ends following, confirms the model, because a stop in order is no crash, and notes the end.
-pub(crate) async fn stopped(node: &Arc<NodeState>, watching: JoinHandle<()>) {
-    watching.abort();
-    // Aborted is what it should be.
-    drop(watching.await);
+/// Records what was decided last, confirms the model, because a stop in order is no crash, and notes the end.
+pub(crate) async fn stopped(node: &Arc<NodeState>, watching: Watching) {
+    // Errors mean that it has ended by itself.
+    watching.end.send(()).unwrap_or_default();
+    drop(watching.task.await);
     confirm(&node.models, digest_of(node)).await;
     note(node, &Event::Stopped);
 }
 
-async fn follow(node: &Arc<NodeState>, mut changes: Receiver<Changed>) {
+async fn follow(
+    node: &Arc<NodeState>,
+    mut changes: Receiver<Changed>,
+    mut ended: oneshot::Receiver<()>,
+) {
     let mut recorded = VecDeque::with_capacity(MAX_RECORDED);
     let mut is_confirmed = false;
     let mut forgotten = tokio::time::Instant::now();
     let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
+            biased;
             change = changes.recv() => match change {
                 Ok(change) if change.is_said => said(node, change.study_uid, &mut recorded).await,
                 Ok(_) => {}
@@ -118,6 +137,8 @@ async fn follow(node: &Arc<NodeState>, mut changes: Receiver<Changed>) {
                 }
                 Err(RecvError::Closed) => return,
             },
+            // Looked at only when no change waits.
+            _ = &mut ended => return,
             _ = look.tick() => {
                 node.slices.rest();
                 if forgotten.elapsed() >= FORGET_EVERY {
