@@ -1,6 +1,7 @@
 //! What lies in the folder at the start: every whole record found again, what is torn cut, sequences that go on.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,14 +34,20 @@ pub(super) fn recover(folder: &Path) -> Result<Recovered, SpoolError> {
         empty: None,
     };
     for name in names {
-        let segment = Segment::open(name.path(folder).into())?;
+        let path = name.path(folder);
+        let unreadable = |error: io::Error| {
+            let advice = "move it away to start without the objects in it";
+            let text = format!("{}: {error}; {advice}", path.display());
+            io::Error::new(error.kind(), text)
+        };
+        let segment = Segment::open(path.as_path().into()).map_err(unreadable)?;
         let is_last = Some(name) == last_segment;
         let check = if is_last {
             Check::Objects
         } else {
             Check::Blocks
         };
-        let found = segment.recover(check)?;
+        let found = segment.recover(check).map_err(unreadable)?;
         match name {
             Name::Segment(number) => {
                 recovered.next_sequence = recovered.next_sequence.max(number);

@@ -16,6 +16,8 @@ use super::record::{ALIGNMENT, BLOCK_BYTES, Record, record_bytes};
 
 const SEGMENT: &str = "segment";
 const OBJECT: &str = "object";
+/// What stands behind the records of a segment whose sync failed; a sealed one ends on a multiple of [`ALIGNMENT`].
+pub(super) const ABANDONED_BYTES: u64 = 1;
 /// Bytes read at a time when an object is checked.
 const CHECK_BYTES: usize = 256 << 10;
 
@@ -45,7 +47,7 @@ pub(super) struct Found {
 /// How much a file is trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Check {
-    /// It was sealed, so every block's object is whole.
+    /// It was sealed, so every block's object is whole; one with [`ABANDONED_BYTES`] behind its records was not, and is checked as below.
     Blocks,
     /// It was being written: objects are checked, and what is torn is cut.
     Objects,
@@ -155,6 +157,9 @@ impl Segment {
             found.push(Found { offset, record });
             offset = next;
             end = next;
+        }
+        if check == Check::Blocks && length == end + ABANDONED_BYTES {
+            return self.recover(Check::Objects);
         }
         if check == Check::Objects {
             self.file.set_len(end.min(length))?;

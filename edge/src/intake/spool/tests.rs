@@ -223,6 +223,34 @@ fn bad_page_in_the_middle_costs_one_object_and_stays_away() {
 }
 
 #[test]
+fn a_segment_whose_sync_failed_is_checked_though_there_is_a_newer_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let spool = open(folder.path());
+    for index in 0..3 {
+        put(&spool, &format!("1.{index}"), &bytes(index, 10_000));
+    }
+    let segment = only_file(folder.path(), "segment");
+    put(&spool, "1.3", &bytes(3, 1 << 20));
+    drop(spool);
+    // The block is there, its object is not.
+    let mut abandoned = std::fs::read(&segment).unwrap();
+    abandoned[12_288 + 5000] ^= 1;
+    abandoned.push(0);
+    std::fs::write(&segment, abandoned).unwrap();
+    let spool = open(folder.path());
+    assert_eq!(sequences(&spool), [1, 3, 4]);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = "00000000000000000007.segment";
+    std::fs::create_dir(folder.path().join(name)).unwrap();
+    let error = Spool::open(folder.path(), &limits()).unwrap_err();
+    assert!(error.to_string().contains(name), "{error}");
+}
+
+#[test]
 fn segments_are_filled_one_after_another() {
     let folder = tempfile::tempdir().unwrap();
     let spool = open(folder.path());

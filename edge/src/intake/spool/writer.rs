@@ -13,7 +13,7 @@ use heapless::Deque;
 use tokio::sync::{Notify, oneshot};
 
 use super::record::{Record, record_bytes};
-use super::segment::{Name, Segment, remove};
+use super::segment::{ABANDONED_BYTES, Name, Segment, remove};
 use super::{Place, STREAM_CHUNK_BYTES, Shared, SpoolError, lock};
 
 /// Objects that may wait for the writer; who comes then waits to enqueue.
@@ -227,6 +227,14 @@ struct Active {
     reserved_bytes: u64,
 }
 
+impl Active {
+    /// What a failed sync left behind is unknown: nothing more is written to this file, and its length says that it was not sealed.
+    fn abandon(self) {
+        // A medium that fails here too leaves the length that it had.
+        drop(self.segment.file.set_len(self.end + ABANDONED_BYTES));
+    }
+}
+
 /// Works until the queue is closed.
 pub(super) fn run(shared: &Shared, next_sequence: u64, empty: Option<Segment>) {
     let mut writer = Writer {
@@ -348,9 +356,10 @@ impl Writer<'_> {
             self.shared.sync_calls.fetch_add(1, Ordering::Relaxed);
             done = done.and(self.shared.folder_file.sync_all());
         }
-        if done.is_err() {
-            // What a failed sync left behind is unknown: nothing more is written to this file.
-            self.active = None;
+        if done.is_err()
+            && let Some(active) = self.active.take()
+        {
+            active.abandon();
         }
         done
     }
@@ -419,6 +428,7 @@ impl Writer<'_> {
         let cut = active.segment.file.set_len(active.end);
         if let Err(error) = cut.and_then(|()| self.shared.sync(&active.segment.file)) {
             self.broken = Some(error);
+            active.abandon();
         }
     }
 
