@@ -64,6 +64,9 @@ struct ClockState {
 struct Known {
     /// The last time that was right, within a day; 0 where there was none.
     right_ms: i64,
+    /// Since when it is right, over restarts; 0 where it was wrong meanwhile.
+    #[serde(default)]
+    since_ms: i64,
     /// The oldest first.
     stretches: Vec<Stretch>,
 }
@@ -147,7 +150,10 @@ impl Clock {
         let mut is_news = jump.is_some();
         state.known.stretches.extend(jump);
         state.known.bound();
-        let is_right = steady >= SETTLED && state.known.is_plausible(now_ms, is_synchronised);
+        let is_plausible = state.known.is_plausible(now_ms, is_synchronised);
+        let is_right = steady >= SETTLED && is_plausible;
+        let steady_from_ms = now_ms.saturating_sub(milliseconds(steady));
+        is_news |= state.known.note(is_plausible, is_right, steady_from_ms);
         let max_age_ms = milliseconds(retention.max_age);
         let oldest_ms = now_ms.saturating_sub(max_age_ms);
         if is_right {
@@ -159,7 +165,7 @@ impl Clock {
         let ages = is_right.then(|| Ages {
             oldest_ms,
             now_ms,
-            since_ms: now_ms.saturating_sub(milliseconds(steady)),
+            since_ms: state.known.since_ms,
             stretches: state.known.padded(),
         });
         if is_right && now_ms.abs_diff(state.known.right_ms) >= RIGHT_WITHIN_MS.unsigned_abs() {
@@ -226,6 +232,17 @@ impl Known {
     fn is_plausible(&self, now_ms: i64, is_synchronised: bool) -> bool {
         let is_far_ahead = self.right_ms > 0 && now_ms > self.right_ms.saturating_add(FAR_AHEAD_MS);
         is_clock_trusted(now_ms) && (is_synchronised || !is_far_ahead)
+    }
+
+    /// Notes since when the clock is right. Whether that is news.
+    fn note(&mut self, is_plausible: bool, is_right: bool, steady_from_ms: i64) -> bool {
+        let is_known = (1..=steady_from_ms).contains(&self.since_ms);
+        let since_ms = match (is_plausible, is_right) {
+            (false, _) => 0,
+            (true, true) if !is_known => steady_from_ms,
+            (true, _) => self.since_ms,
+        };
+        std::mem::replace(&mut self.since_ms, since_ms) != since_ms
     }
 
     /// Makes one of the two oldest stretches where there are too many: what lies between them counts from the later jump too.
@@ -336,6 +353,20 @@ mod tests {
         }
     }
 
+    /// A clock that knows what another one has written to `path`.
+    fn started_again(watched: &Watched, path: &Path) -> Watched {
+        let known = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let state = ClockState {
+            known,
+            ..ClockState::default()
+        };
+        let clock = Clock {
+            state: Mutex::new(state),
+            path: Some(path.to_owned()),
+        };
+        Watched(clock, watched.1)
+    }
+
     /// Looks at the clock `after` seconds, while it shows `wall_ms`. Out: whether anything may be deleted.
     struct Watched(Clock, Instant);
 
@@ -428,15 +459,7 @@ mod tests {
         };
         check(&watched, 601 + 3600);
         // The same after a restart.
-        let state = ClockState {
-            known: serde_json::from_slice(&fs::read(&path).unwrap()).unwrap(),
-            ..ClockState::default()
-        };
-        let again = Clock {
-            state: Mutex::new(state),
-            path: None,
-        };
-        let again = Watched(again, watched.1);
+        let again = started_again(&watched, &path);
         again.look(5000, NOW_MS + 4_399_000);
         check(&again, 5000 + 3600);
         let later_ms = NOW_MS + 699_399_000;
@@ -460,6 +483,36 @@ mod tests {
             .0
             .ages_at(wrong_ms + 86_399_000, now, &retention(), true);
         assert!(ages.is_some());
+    }
+
+    #[test]
+    fn the_clock_is_right_since_before_a_restart_unless_it_was_wrong_meanwhile() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("clock.json");
+        let first = Watched(
+            Clock {
+                path: Some(path.clone()),
+                ..Clock::default()
+            },
+            Instant::now(),
+        );
+        // Looks at the start and an hour later. Out: since when the clock is right.
+        let since_ms = |watched: &Watched, after: u64, wall_ms: i64| {
+            watched.look(after, wall_ms);
+            let ages = watched.look(after + 3600, wall_ms + 3_600_000);
+            ages.map(|ages| ages.since_ms)
+        };
+        assert_eq!(since_ms(&first, 0, NOW_MS), Some(NOW_MS));
+        let day = |days: i64| NOW_MS + days * DAY_MS;
+        let again = started_again(&first, &path);
+        assert_eq!(since_ms(&again, 90_000, day(1)), Some(NOW_MS));
+        // What came on this one and has a stamp of 1970 counts from when the clock is right after it.
+        let wrong = started_again(&first, &path);
+        assert_eq!(since_ms(&wrong, 180_000, 600_000), None);
+        let right = started_again(&first, &path);
+        assert_eq!(since_ms(&right, 270_000, day(3)), Some(day(3)));
+        let again = started_again(&first, &path);
+        assert_eq!(since_ms(&again, 360_000, day(4)), Some(day(3)));
     }
 
     #[test]
