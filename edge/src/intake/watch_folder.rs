@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
-use std::io::{self, Read, Write as _};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -227,13 +227,17 @@ impl Memory {
             }
             Taken::Quarantined(reason) => {
                 let folder = super::quarantine_folder(&intake.config.borrow());
-                let moved = quarantine(&folder, path, (seen, &mut file), reason);
-                if matches!(moved, Ok(false)) {
-                    return;
+                match quarantine(&folder, path, (seen, &mut file), reason) {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => {
+                        tracing::warn!(%error, %reason, "file of the watched folder not put into quarantine; it is tried again");
+                        return;
+                    }
                 }
                 intake.counters.files_quarantined.add();
                 tracing::warn!(%reason, "file of the watched folder put into quarantine");
-                moved.map(drop)
+                remove(path, seen)
             }
         };
         self.settling.remove(path);
@@ -368,8 +372,8 @@ fn fill(file: &mut File, chunk: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Moves a file to the quarantine under a name of ours, with its reason beside it. Out: whether it was still there as it was read;
-/// what is there otherwise comes next.
+/// Moves a file to the quarantine under a name of ours, with its reason beside it; over file systems, and where it cannot be moved, it is copied.
+/// Out: whether it was still there as it was read; what is there otherwise comes next. A failure leaves nothing behind.
 fn quarantine(
     folder: &Path,
     path: &Path,
@@ -390,16 +394,20 @@ fn quarantine(
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             created => created?,
         };
-        if std::fs::rename(path, &target).is_err() {
-            // Another file system: copied, then removed.
-            io::Seek::rewind(file)?;
-            io::copy(file, &mut copy)?;
-            copy.sync_all()?;
-            remove(path, seen)?;
+        let why = target.with_extension("reason");
+        let moved = std::fs::write(&why, format!("{reason}\n")).and_then(|()| {
+            std::fs::rename(path, &target).or_else(|_| {
+                io::Seek::rewind(file)?;
+                io::copy(file, &mut copy)?;
+                copy.sync_all()
+            })
+        });
+        if moved.is_err() {
+            // Whichever of them is there.
+            drop(std::fs::remove_file(&target));
+            drop(std::fs::remove_file(&why));
         }
-        let mut why = File::create(target.with_extension("reason"))?;
-        writeln!(why, "{reason}")?;
-        return Ok(true);
+        return moved.map(|()| true);
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
@@ -503,22 +511,51 @@ mod tests {
         assert!(open(&path).is_none());
     }
 
-    #[test]
-    fn quarantine_uses_no_foreign_name_and_says_why() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("DOE^JANE.dcm");
-        std::fs::write(&path, b"content").unwrap();
-        let (seen, mut file) = open(&path).unwrap();
-        let target = folder.path().join("quarantine");
-        assert!(quarantine(&target, &path, (seen, &mut file), Reason::NotDicom).unwrap());
-        assert!(!path.exists());
-        let mut texts: Vec<String> = std::fs::read_dir(&target)
+    /// What lies in a folder, sorted; nothing there is named after a patient.
+    fn texts(folder: &Path) -> Vec<String> {
+        let mut texts: Vec<String> = std::fs::read_dir(folder)
             .unwrap()
             .map(|entry| entry.unwrap().path())
             .inspect(|path| assert!(!path.to_string_lossy().contains("DOE")))
             .map(|path| std::fs::read_to_string(path).unwrap())
             .collect();
         texts.sort();
-        assert_eq!(texts, ["content", "not a DICOM file\n"]);
+        texts
+    }
+
+    #[test]
+    fn quarantine_uses_no_foreign_name_and_says_why_on_another_file_system_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("DOE^JANE.dcm");
+        let memory = tempfile::tempdir_in("/dev/shm").ok();
+        let others = memory.iter().map(|other| other.path().join("quarantine"));
+        for target in others.chain([folder.path().join("quarantine")]) {
+            std::fs::write(&path, b"content").unwrap();
+            let (seen, mut file) = open(&path).unwrap();
+            assert!(quarantine(&target, &path, (seen, &mut file), Reason::NotDicom).unwrap());
+            remove(&path, seen).unwrap();
+            assert!(!path.exists());
+            assert_eq!(texts(&target), ["content", "not a DICOM file\n"]);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_put_into_quarantine_stays_and_leaves_nothing_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, b"content").unwrap();
+        let (seen, mut file) = open(&path).unwrap();
+        let no_folder = path.join("quarantine");
+        assert!(quarantine(&no_folder, &path, (seen, &mut file), Reason::NotDicom).is_err());
+        if let Ok(memory) = tempfile::tempdir_in("/dev/shm") {
+            let mut unreadable = File::options().append(true).open(&path).unwrap();
+            let put = |file| quarantine(memory.path(), &path, (seen, file), Reason::NotDicom);
+            // Where both are one file system, it is moved.
+            if put(&mut unreadable).is_ok() {
+                return;
+            }
+            assert!(texts(memory.path()).is_empty());
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), b"content");
     }
 }
