@@ -96,26 +96,31 @@ impl Reporting {
                 );
                 continue;
             };
-            match self.deliver(&way, &calling_ae, peer, &report).await {
-                Ok(()) => {
-                    let uid = report.uid.clone();
-                    let done = on_disk(&self.promised, move |promised| promised.reported(&uid));
-                    if let Err(error) = done.await {
-                        tracing::error!(%error, "a report cannot be recorded");
-                    }
+            let association = match self.deliver(&way, &calling_ae, peer, &report).await {
+                Ok(association) => association,
+                Err(error) => {
+                    tracing::warn!(calling_ae, %error, "storage commitment not reported");
+                    continue;
                 }
-                Err(error) => tracing::warn!(calling_ae, %error, "storage commitment not reported"),
+            };
+            // Before the release, so that whoever has seen that is not told again.
+            let uid = report.uid.clone();
+            let done = on_disk(&self.promised, move |promised| promised.reported(&uid));
+            if let Err(error) = done.await {
+                tracing::error!(%error, "a report cannot be recorded");
             }
+            association.release().await;
         }
     }
 
+    /// Reports. Out: the association on which the peer has taken the report.
     async fn deliver(
         &self,
         way: &Way,
         called: &str,
         peer: &Connection,
         report: &Transaction,
-    ) -> Result<(), AssociationError> {
+    ) -> Result<Association, AssociationError> {
         let stream = peer.open(way.deadline).await?;
         let proposal = Proposal {
             calling: &way.calling,
@@ -128,11 +133,11 @@ impl Reporting {
         let status = association
             .ask_status(SOP_CLASS_UID, command(report), &data, way.deadline)
             .await?;
-        association.release().await;
-        match status {
-            0 => Ok(()),
-            _ => Err(AssociationError::Protocol("the report was refused")),
+        if status == 0 {
+            return Ok(association);
         }
+        association.release().await;
+        Err(AssociationError::Protocol("the report was refused"))
     }
 }
 
