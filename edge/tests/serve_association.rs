@@ -5,7 +5,7 @@
 mod node;
 
 use std::io::{Read, Write};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dicom_ul::pdu::{
     AssociationRJ, AssociationRJResult, AssociationRJServiceProviderPresentationReason,
@@ -13,8 +13,8 @@ use dicom_ul::pdu::{
     Pdu, PresentationContextResultReason, UserVariableItem,
 };
 use node::{
-    CT, Client, ECHO, EXPLICIT, IMPLICIT, JPEG_BASELINE, JPEG_LOSSLESS, Node, PATIENCE, RLE,
-    connect, data_set, encode, receive, request, value,
+    CT, Client, ECHO, EXPLICIT, IMPLICIT, JPEG_BASELINE, JPEG_LOSSLESS, Node, RLE, connect,
+    data_set, encode, receive, request, value, wait_until,
 };
 
 const SR: &str = "1.2.840.10008.5.1.4.1.1.88.67";
@@ -203,10 +203,9 @@ fn associations_are_capped_and_places_come_back() {
     assert_eq!(rejection(&node, "TESTER", "PEEDGE"), limit());
     first.release();
     // The place is free when the node has seen the close, a moment after we have.
-    let start = Instant::now();
-    while rejection(&node, "TESTER", "PEEDGE").is_some() {
-        assert!(start.elapsed() < PATIENCE);
-    }
+    wait_until("the place is free", || {
+        rejection(&node, "TESTER", "PEEDGE").is_none()
+    });
     second.release();
     let node = Node::start("[limits]\nmax_per_address = 1\n");
     let first = Client::open(node.dicom, contexts).unwrap();
@@ -278,10 +277,7 @@ fn quota_refuses_with_a700_and_recovers_without_a_restart() {
     assert_eq!(store("1.2.3"), 0, "the same association goes on");
     node.reload("[retention]\nkeep_free_mib = 1000000000\n");
     // The free space is looked up a few times a second.
-    let start = Instant::now();
-    while store("1.2.4") != 0xa700 {
-        assert!(start.elapsed() < PATIENCE);
-    }
+    wait_until("the disk is too full", || store("1.2.4") == 0xa700);
     client.release();
     assert!(node.is_alive());
 }
@@ -399,47 +395,51 @@ fn breach_of_the_protocol_is_aborted_and_stores_nothing() {
     assert_eq!(node.spooled(), []);
 }
 
+/// A node with one short deadline, so that no other ends what a test that is held up itself does.
+fn with_limit(limit: &str) -> Node {
+    Node::start(&format!("[limits]\n{limit}\n"))
+}
+
 #[test]
 fn deadlines_end_the_request_the_pdu_the_idle_and_the_slow() {
-    let node = Node::start(
-        "[limits]\nrequest_timeout_s = 0.4\npdu_timeout_s = 0.6\nidle_timeout_s = 0.5\nrate_window_s = 0.3\nmin_bytes_per_second = 10000\n",
-    );
-    let mut silent = connect(node.dicom);
-    assert!(ended(&mut silent), "no request");
-    let mut dripping = connect(node.dicom);
-    for byte in encode(&request("T", "PEEDGE", &[(CT, &[EXPLICIT])])) {
-        if dripping.write_all(&[byte]).is_err() {
-            break;
+    let node = with_limit("request_timeout_s = 0.4");
+    assert!(ended(&mut connect(node.dicom)), "no request");
+    node.wait_for_log("nothing came for 400ms");
+    let request = encode(&request("T", "PEEDGE", &[(CT, &[EXPLICIT])]));
+    wait_until("the end of a request that drips", || {
+        let mut dripping = connect(node.dicom);
+        for byte in &request {
+            if dripping.write_all(&[*byte]).is_err() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    assert!(node.is_alive());
-    let open = || Client::open(node.dicom, &[(CT, &[EXPLICIT])]).unwrap();
-    let mut idle = open();
-    assert!(ended(&mut idle.stream), "idle");
-    let mut unfinished = open();
+        let log = node.log().join("\n");
+        log.contains("PDU not complete after 400ms")
+    });
+
+    let open = |node: &Node| Client::open(node.dicom, &[(CT, &[EXPLICIT])]).unwrap();
+    let node = with_limit("idle_timeout_s = 0.5");
+    assert!(ended(&mut open(&node).stream), "idle");
+    node.wait_for_log("nothing came for 500ms");
+
+    let node = with_limit("pdu_timeout_s = 0.6");
+    let mut unfinished = open(&node);
     unfinished.stream.write_all(&[4, 0, 0, 0]).unwrap();
     assert!(ended(&mut unfinished.stream), "half a PDU");
+    node.wait_for_log("PDU not complete after 600ms");
+
     // Whole PDUs, each in time, and yet too slow.
-    let mut slow = open();
+    let node = with_limit("rate_window_s = 0.3\nmin_bytes_per_second = 10000");
+    let mut slow = open(&node);
     slow.store_command(1, CT, "1.2.3").unwrap();
     let part = value(1, PDataValueType::Data, false, b"\x08\0\x05\0CS\x02\0x ");
-    let start = Instant::now();
-    while slow.stream.write_all(&part).is_ok() {
-        assert!(start.elapsed() < PATIENCE, "too slow, and not ended");
+    wait_until("the end of a sender that is too slow", || {
         std::thread::sleep(Duration::from_millis(50));
-    }
+        slow.stream.write_all(&part).is_err()
+    });
+    node.wait_for_log("less than 10000 bytes a second");
     assert_eq!(node.spooled(), []);
-    let reasons = node.log().join("\n");
-    for reason in [
-        "nothing came for 400ms",
-        "PDU not complete after 400ms",
-        "nothing came for 500ms",
-        "PDU not complete after 600ms",
-        "less than 10000 bytes a second",
-    ] {
-        assert!(reasons.contains(reason), "{reason} in {reasons}");
-    }
 }
 
 #[test]
@@ -468,7 +468,7 @@ fn stop_finishes_the_message_under_way_and_answers_it() {
         sending.stream.write_all(&part).unwrap();
     }
     // The message is under way when the node has read some of it.
-    std::thread::sleep(Duration::from_millis(200));
+    node.wait_until_read(&sending.stream);
     node.signal(rustix::process::Signal::TERM);
     node.wait_for_log("\"stopping\"");
     assert!(ended(&mut idle.stream));

@@ -6,7 +6,7 @@ mod node;
 
 use std::time::{Duration, Instant};
 
-use node::{CT, Client, EXPLICIT, Node, PATIENCE, data_set, spooled};
+use node::{CT, Client, EXPLICIT, Node, PATIENCE, data_set, spooled, wait_until};
 
 const DOSE_REPORT: &str = "1.2.840.10008.5.1.4.1.1.88.67";
 
@@ -29,15 +29,6 @@ fn file(class: &str, instance: &str, syntax: &str) -> Vec<u8> {
     bytes.extend(element(0x10, syntax));
     bytes.extend(data_set(class, instance, 50_000));
     bytes
-}
-
-#[track_caller]
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < PATIENCE, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -84,15 +75,14 @@ fn complete_files_are_taken_and_others_put_into_quarantine() {
         reasons.sort();
         reasons
     };
-    wait_until("the quarantine", || reasons().len() == 3);
-    assert_eq!(
-        reasons(),
-        [
-            "SOP class not accepted",
-            "not a DICOM file",
-            "transfer syntax not supported"
-        ]
-    );
+    let wanted = [
+        "SOP class not accepted",
+        "not a DICOM file",
+        "transfer syntax not supported",
+    ];
+    wait_until("three files in quarantine with their reasons", || {
+        reasons() == wanted
+    });
     assert!(unfinished.exists());
     std::fs::rename(&unfinished, incoming.join("IM2")).unwrap();
     wait_until("the file renamed into place", || is_there("1.2.4"));

@@ -3,14 +3,11 @@
 
 mod node;
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use node::{CT, Client, EXPLICIT, Node, PATIENCE};
+use node::{CT, Client, EXPLICIT, Node, PATIENCE, wait_until};
 use shared::phantom::{Finding, StudyPlan, UidRole, dicom_file};
 
 /// What the phantom writes, and what a test plants there instead: the same lengths.
@@ -55,36 +52,6 @@ fn send(node: &Node, plan: &StudyPlan, objects: &[Vec<u8>]) {
     client.release();
 }
 
-fn page_of(node: &Node) -> SocketAddr {
-    let line = node.wait_for_log("\"http_address\":\"");
-    let address = line.split("\"http_address\":\"").nth(1).unwrap();
-    address.split('"').next().unwrap().parse().unwrap()
-}
-
-/// The whole answer to a GET.
-fn get(page: SocketAddr, path: &str) -> String {
-    let mut stream = TcpStream::connect(page).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    String::from_utf8_lossy(&answer).into_owned()
-}
-
-#[track_caller]
-fn wait_for(page: SocketAddr, path: &str, part: &str) -> String {
-    let start = Instant::now();
-    loop {
-        let answer = get(page, path);
-        if answer.contains(part) {
-            return answer;
-        }
-        assert!(start.elapsed() < PATIENCE, "{part} in {answer}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 /// Every file below a folder but the database and the spool, which hold what came.
 fn written(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
@@ -105,7 +72,6 @@ fn written(folder: &Path) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn patients_are_on_the_page_and_in_nothing_else_that_is_written() {
     let node = Node::start("quiet_time_s = 1\n");
-    let page = page_of(&node);
     let (plan, objects) = study(Finding::Positive);
     send(&node, &plan, &objects);
     // One that breaks in the middle, and one whose sender calls itself by a patient's identifiers in the wrong places.
@@ -114,17 +80,14 @@ fn patients_are_on_the_page_and_in_nothing_else_that_is_written() {
     client.store(1, CT, "1.2.3.4", torn).unwrap();
     client.release();
     let study_page = format!("/studies/{}", plan.uid(UidRole::Study));
-    wait_for(page, "/api/studies", "\"state\":\"complete\"");
-    let html = get(page, &study_page);
+    node.complete(plan.uid(UidRole::Study).as_str(), objects.len());
+    let html = node.text(&study_page);
     assert!(
         html.contains("PLANTEDNAME, SARAH"),
         "the page names the patient: {html}"
     );
-    assert!(get(page, "/").contains("PLANTEDNAME, SARAH"));
-    let png = get(
-        page,
-        &format!("{study_page}/slices/5.png?window=lung&heatmap=1"),
-    );
+    assert!(node.text("/").contains("PLANTEDNAME, SARAH"));
+    let png = node.text(&format!("{study_page}/slices/5.png?window=lung&heatmap=1"));
     assert!(png.starts_with("HTTP/1.1 200"), "{png:.300}");
     let mut said: Vec<(String, Vec<u8>)> = vec![("log".into(), node.log().join("\n").into())];
     let study = format!("/api{study_page}");
@@ -135,7 +98,7 @@ fn patients_are_on_the_page_and_in_nothing_else_that_is_written() {
         "/metrics",
         "/system",
     ] {
-        said.push((path.into(), get(page, path).into()));
+        said.push((path.into(), node.text(path).into()));
     }
     let (status, folder) = node.stop();
     assert!(status.success());
@@ -159,19 +122,18 @@ fn patients_are_on_the_page_and_in_nothing_else_that_is_written() {
 #[test]
 fn names_stay_hidden_where_the_configuration_says_so() {
     let node = Node::start("quiet_time_s = 1\n[page]\nhide_patient_names = true\n");
-    let page = page_of(&node);
     let (plan, objects) = study(Finding::Negative);
     send(&node, &plan, &objects);
-    wait_for(page, "/api/studies", "\"state\":\"complete\"");
+    node.complete(plan.uid(UidRole::Study).as_str(), objects.len());
     for path in ["/".into(), format!("/studies/{}", plan.uid(UidRole::Study))] {
-        let html = get(page, &path);
+        let html = node.text(&path);
         assert!(html.starts_with("HTTP/1.1 200"));
         for secret in SECRETS {
             assert!(!html.to_uppercase().contains(secret), "{secret} on {path}");
         }
     }
     // A demonstration model says nothing of a patient, and this one is no phantom any more.
-    assert!(get(page, "/").contains("No statement"));
+    assert!(node.text("/").contains("No statement"));
 }
 
 #[test]
@@ -265,8 +227,10 @@ fn a_model_that_breaks_after_its_installation_gives_way_at_the_next_start() {
     std::fs::write(&file, b"no longer a model").unwrap();
     let node = Node::start_in(Arc::clone(&folder), "");
     node.wait_for_log("the model before is in force again");
-    let status = wait_for(page_of(&node), "/api/status", "\"self_test\":\"passed\"");
-    assert!(status.contains("\"state\":\"ready\""), "{status}");
+    wait_until("the model is in use", || {
+        let status = node.json("/api/status");
+        status["self_test"] == "passed" && status["state"] == "ready"
+    });
     let (_, folder) = node.stop();
     let audit = std::fs::read_to_string(folder.path().join("state/audit/audit.jsonl")).unwrap();
     assert!(audit.contains("rolled_back_by_itself"), "{audit}");
@@ -282,8 +246,8 @@ fn a_model_that_breaks_after_its_installation_gives_way_at_the_next_start() {
 fn commands_end_with_the_documented_codes() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("edge.toml");
-    // Ports where nobody is.
-    let free = std::net::TcpListener::bind("127.0.0.1:0")
+    // A port where nobody is, of an address that nothing else here uses.
+    let free = std::net::TcpListener::bind("127.0.0.77:0")
         .unwrap()
         .local_addr()
         .unwrap();

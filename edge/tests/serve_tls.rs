@@ -7,10 +7,10 @@ mod node;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dicom_ul::pdu::Pdu;
-use node::{ECHO, IMPLICIT, Node, connect, encode, receive, request};
+use node::{ECHO, IMPLICIT, Node, connect, encode, receive, request, wait_until};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -87,7 +87,7 @@ fn only_peers_with_a_certificate_of_the_authority_are_served() {
             let line = line.to_lowercase();
             line.contains("tls:") && (line.contains(&why) || line.contains(&why.replace(' ', "")))
         };
-        assert!(node.log().iter().any(is_said), "{why} in {:#?}", node.log());
+        wait_until(&why, || node.log().iter().any(is_said));
     }
     let mut plain = connect(node.dicom);
     plain
@@ -204,13 +204,13 @@ fn a_peer_that_opens_tls_and_drips_is_ended() {
     let node = Node::start(&settings);
     let mut dripping = connect(node.dicom);
     // The head of a TLS record with a ClientHello, then a byte now and then.
-    for byte in [0x16_u8, 3, 1, 2, 0, 1].iter().chain([0; 60].iter()) {
-        if dripping.write_all(&[*byte]).is_err() {
-            break;
-        }
+    dripping.write_all(&[0x16, 3, 1, 2, 0, 1]).unwrap();
+    wait_until("the end of a handshake that drips", || {
         std::thread::sleep(Duration::from_millis(20));
-    }
+        dripping.write_all(&[0]).is_err()
+    });
     node.wait_for_log("PDU not complete after 500ms");
+    node.reload(&pki.settings("node"));
     let accepted = associate(&pki, &node, Some("peer")).unwrap();
     assert!(matches!(accepted, Some(Pdu::AssociationAC(_))));
 }
@@ -218,7 +218,12 @@ fn a_peer_that_opens_tls_and_drips_is_ended() {
 #[test]
 fn handshakes_that_are_never_finished_keep_nobody_out() {
     let pki = Pki::new();
-    let node = Node::start(&pki.settings("node"));
+    // Whoever waited for their deadline would wait for longer than the test does.
+    let settings = format!(
+        "{}[limits]\nrequest_timeout_s = 600\n",
+        pki.settings("node")
+    );
+    let node = Node::start(&settings);
     let hello = [0x16, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3];
     let half_open: Vec<_> = (0..300)
         .map(|index| {
@@ -229,13 +234,10 @@ fn handshakes_that_are_never_finished_keep_nobody_out() {
             stream
         })
         .collect();
-    let start = Instant::now();
     let accepted = associate(&pki, &node, Some("peer")).unwrap();
     assert!(
         matches!(accepted, Some(Pdu::AssociationAC(_))),
         "{accepted:?}"
     );
-    // Their deadline is 10 s: nobody waits for that.
-    assert!(start.elapsed() < Duration::from_secs(8));
     drop(half_open);
 }

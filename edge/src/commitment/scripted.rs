@@ -24,6 +24,7 @@ use crate::send::connection::Connection;
 use crate::send::data_set::{DataSet, Syntax};
 use crate::send::outbox::{Channel, Document, Letter};
 use crate::send::pacs::Pacs;
+use crate::send::scripted_pacs::LOOKS;
 
 /// What the PACS does with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,7 +147,7 @@ impl Archive {
         answers
     }
 
-    fn way(&self, answer_within: Duration) -> Way {
+    fn way(&self, linger: Duration) -> Way {
         Way {
             pacs: Pacs {
                 calling: "PEEDGE".to_owned(),
@@ -159,12 +160,12 @@ impl Archive {
                 has_captures: false,
                 is_asked_to_commit: true,
             },
-            answer_within,
-            linger: Duration::from_millis(300),
+            answer_within: Duration::from_millis(100),
+            linger,
             patience: Patience {
                 first: Duration::from_millis(20),
                 longest: Duration::from_millis(50),
-                deadline: Duration::from_secs(20),
+                deadline: Duration::from_secs(120),
             },
         }
     }
@@ -223,11 +224,13 @@ async fn settle(
 ) -> (Vec<Transaction>, Vec<End>, Option<String>) {
     let archive = Archive::start(class, script).await;
     let (_folder, asked, ends) = asked();
-    let way = archive.way(Duration::from_millis(100));
+    // Where a report comes, there is time for it on a busy machine too.
+    let is_silent = script.iter().all(|act| *act == Act::Silent);
+    let way = archive.way(Duration::from_millis(if is_silent { 100 } else { 5000 }));
     let (_stop, stopped) = watch::channel(false);
     let asking = Asking::new(Arc::clone(&asked), Some(way));
     let task = tokio::spawn(asking.run(stopped));
-    for _ in 0..3000 {
+    for _ in 0..LOOKS {
         if asked.counts().unwrap().waiting == 0 {
             break;
         }

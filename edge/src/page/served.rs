@@ -94,7 +94,7 @@ impl Served {
     fn connect(&self, request: &str) -> TcpStream {
         let mut connection = TcpStream::connect(self.address).unwrap();
         connection
-            .set_read_timeout(Some(Duration::from_secs(20)))
+            .set_read_timeout(Some(Duration::from_secs(120)))
             .unwrap();
         connection.write_all(request.as_bytes()).unwrap();
         connection
@@ -366,7 +366,7 @@ fn listeners_that_never_read_hold_nobody_up() {
     }
     check(&served, "/", "200", "Worklist");
     drop(silent);
-    for _ in 0..2000 {
+    for _ in 0..12_000 {
         if served.listens() {
             return;
         }

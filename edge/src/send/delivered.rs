@@ -21,7 +21,7 @@ use super::letter::NotMade;
 use super::outbox::{Bounds, Channel, Channels, Counts, Outbox, enqueue};
 use super::pacs::Pacs;
 use super::sample;
-use super::scripted_pacs::{Act, Request, ScriptedPacs};
+use super::scripted_pacs::{Act, LOOKS, Request, ScriptedPacs};
 use super::structured_report::Class;
 use crate::intake::clock::Ages;
 use crate::result::StudyResult;
@@ -60,7 +60,7 @@ pub(super) fn impatient() -> Patience {
     Patience {
         first: Duration::from_millis(20),
         longest: Duration::from_millis(80),
-        deadline: Duration::from_secs(20),
+        deadline: Duration::from_secs(120),
     }
 }
 
@@ -124,7 +124,7 @@ impl Node {
 
     /// Waits until so many attempts ended, none of them in success.
     pub(super) async fn tried(&self, times: usize) {
-        for _ in 0..3000 {
+        for _ in 0..LOOKS {
             if self.ends.lock().unwrap().len() >= times {
                 break;
             }
@@ -136,7 +136,7 @@ impl Node {
 
     /// Waits until nothing waits.
     pub(super) async fn settled(&self) -> Counts {
-        for _ in 0..3000 {
+        for _ in 0..LOOKS {
             let counts = self.outbox.counts().unwrap();
             if counts.waiting == 0 {
                 return counts;
@@ -223,7 +223,7 @@ async fn a_pacs_that_hangs_meets_the_deadline_and_gets_the_same_bytes_again() {
     let (_folder, database) = folder();
     let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[Act::Hang]).await;
     let patience = Patience {
-        deadline: Duration::from_millis(300),
+        deadline: Duration::from_secs(1),
         ..impatient()
     };
     let node = Node::start(&database, pacs.address(), patience);
@@ -422,8 +422,8 @@ async fn a_letter_of_a_wrong_clock_counts_from_when_the_clock_is_right() {
 async fn nowhere() -> Pacs {
     let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &[]).await;
     let mut nowhere = pacs.address();
-    let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    nowhere.connection.port = closed.local_addr().unwrap().port();
+    // No program is given this port by chance.
+    nowhere.connection.port = 1;
     nowhere
 }
 
@@ -451,7 +451,7 @@ async fn of_too_many_letters_the_oldest_are_given_up_and_then_lost_and_all_are_c
         waiting: 3,
         dead: 2,
     };
-    for _ in 0..3000 {
+    for _ in 0..LOOKS {
         if node.outbox.n_lost() == 2 {
             break;
         }
@@ -484,14 +484,16 @@ async fn a_pacs_that_never_answers_a_release_holds_nothing_up() {
     let (_folder, database) = folder();
     let script = [Act::Answer(0), Act::IgnoreRelease, Act::Answer(0)];
     let pacs = ScriptedPacs::start(BOTH, Syntax::Explicit, &script).await;
-    let node = Node::start(&database, pacs.address(), impatient());
-    let began = std::time::Instant::now();
+    let patience = Patience {
+        // Whoever waited for the release this long would wait for longer than the test does.
+        deadline: Duration::from_secs(3600),
+        ..impatient()
+    };
+    let node = Node::start(&database, pacs.address(), patience);
     for study in 1..=3 {
         node.decide(&numbered(study));
         pacs.wait_for(study as usize).await;
     }
-    // Each exchange may take 20 s; a release that is not answered ends by itself after 2 s.
-    assert!(began.elapsed() < Duration::from_secs(5));
     assert_eq!(node.settled().await, Counts::default());
 }
 

@@ -153,7 +153,7 @@ async fn refusal(theirs: &str, ours: &str, host: &str) -> String {
     let port = door(pki.path(), theirs, address.connection.port).await;
     address.connection = connection(host, port, identity(pki.path(), ours).client);
     let opened = address
-        .open_for(&["1.2.840.10008.1.1"], Duration::from_secs(20))
+        .open_for(&["1.2.840.10008.1.1"], Duration::from_secs(120))
         .await;
     opened.map_or_else(|error| error.to_string(), |_| String::new())
 }

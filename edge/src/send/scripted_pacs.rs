@@ -14,6 +14,9 @@ use super::connection::Connection;
 use super::data_set::{DataSet, Syntax};
 use super::pacs::Pacs;
 
+/// How often tests look, every 10 ms, for what must come: longer than anything takes; only a hang reaches it.
+pub(crate) const LOOKS: usize = 12_000;
+
 /// What to do with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Act {
@@ -92,7 +95,7 @@ impl ScriptedPacs {
 
     /// Waits until `count` requests came.
     pub(crate) async fn wait_for(&self, count: usize) -> Vec<Request> {
-        for _ in 0..3000 {
+        for _ in 0..LOOKS {
             if self.requests().len() >= count {
                 return self.requests();
             }

@@ -11,6 +11,7 @@
 )]
 
 pub mod certificates;
+mod page;
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -34,7 +35,7 @@ pub const RLE: &str = "1.2.840.10008.1.2.5";
 pub const JPEG_LOSSLESS: &str = "1.2.840.10008.1.2.4.70";
 pub const JPEG_BASELINE: &str = "1.2.840.10008.1.2.4.50";
 /// Longer than anything here takes; only a hang reaches it.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A node and the folder that it keeps its state in.
 pub struct Node {
@@ -81,17 +82,12 @@ impl Node {
         node
     }
 
-    /// Waits for a line of the log that contains a text.
+    /// Waits for a line of the log that contains a text. A peer may see the end of its connection before the line about it is written.
     pub fn wait_for_log(&self, wanted: &str) -> String {
-        let start = Instant::now();
-        while start.elapsed() < PATIENCE {
-            let found = self.log().into_iter().find(|line| line.contains(wanted));
-            if let Some(line) = found {
-                return line;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("no line with {wanted} in {:#?}", self.log());
+        let line = || self.log().into_iter().find(|line| line.contains(wanted));
+        let is_there = || line().is_some();
+        wait_until(&format!("a line with {wanted} in the log"), is_there);
+        line().unwrap()
     }
 
     pub fn log(&self) -> Vec<String> {
@@ -102,14 +98,8 @@ impl Node {
         let lines = self.log().len();
         write_config(self.folder.path(), settings);
         self.signal(rustix::process::Signal::HUP);
-        let start = Instant::now();
-        while !self.log()[lines..]
-            .iter()
-            .any(|line| line.contains("reloaded"))
-        {
-            assert!(start.elapsed() < PATIENCE, "{:#?}", self.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let is_said = |line: &String| line.contains("reloaded");
+        wait_until("the reload", || self.log()[lines..].iter().any(is_said));
     }
 
     /// The process.
@@ -135,14 +125,27 @@ impl Node {
     }
 
     pub fn wait(&mut self) -> ExitStatus {
-        let start = Instant::now();
-        while start.elapsed() < PATIENCE {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("the node does not end");
+        let mut status = None;
+        wait_until("the end of the node", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+
+    /// Waits until the node has read all that came on a connection to it: nothing is left in the kernel (proc_net_tcp(5)).
+    pub fn wait_until_read(&self, stream: &TcpStream) {
+        let port = |address: SocketAddr| format!(":{:04X}", address.port());
+        let (theirs, ours) = (port(self.dicom), port(stream.local_addr().unwrap()));
+        wait_until("the node has read what was sent", || {
+            let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+            table.lines().any(|line| {
+                let columns: Vec<&str> = line.split_whitespace().collect();
+                columns[1].ends_with(&theirs)
+                    && columns[2].ends_with(&ours)
+                    && columns[4].ends_with(":00000000")
+            })
+        });
     }
 
     pub fn spooled(&self) -> Vec<Spooled> {
@@ -182,6 +185,15 @@ fn write_config(folder: &Path, settings: &str) -> PathBuf {
     config
 }
 
+#[track_caller]
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "in vain waited for: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// An object as it lies in the spool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spooled {
@@ -197,7 +209,10 @@ pub struct Spooled {
 pub fn spooled(folder: &Path) -> Vec<Spooled> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder.join("state/spool")).unwrap() {
-        let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+        // A running node may just have removed it.
+        let Ok(bytes) = std::fs::read(entry.unwrap().path()) else {
+            continue;
+        };
         let mut at = 0;
         while at + 512 <= bytes.len() {
             let block = &bytes[at..at + 512];
@@ -253,18 +268,32 @@ impl Client {
         called: &str,
         contexts: &[Proposed<'_>],
     ) -> Result<Self, AssociationRJ> {
-        let mut stream = connect(address);
-        stream
-            .write_all(&encode(&request(calling, called, contexts)))
-            .unwrap();
-        match receive(&mut stream).unwrap() {
-            Some(Pdu::AssociationAC(answer)) => Ok(Self {
+        Self::attempt(address, calling, called, contexts).unwrap()
+    }
+
+    /// Opens where the node still lives: `None` where it was killed before it answered.
+    pub fn open_if_there(address: SocketAddr, contexts: &[Proposed<'_>]) -> Option<Self> {
+        let attempt = Self::attempt(address, "TESTER", "PEEDGE", contexts);
+        attempt.ok().map(Result::unwrap)
+    }
+
+    fn attempt(
+        address: SocketAddr,
+        calling: &str,
+        called: &str,
+        contexts: &[Proposed<'_>],
+    ) -> io::Result<Result<Self, AssociationRJ>> {
+        let mut stream = try_connect(address)?;
+        stream.write_all(&encode(&request(calling, called, contexts)))?;
+        match receive(&mut stream)? {
+            Some(Pdu::AssociationAC(answer)) => Ok(Ok(Self {
                 stream,
                 answer,
                 max_pdu: 16_384,
                 next_message: 1,
-            }),
-            Some(Pdu::AssociationRJ(rejection)) => Err(rejection),
+            })),
+            Some(Pdu::AssociationRJ(rejection)) => Ok(Err(rejection)),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
             other => panic!("{other:?}"),
         }
     }
@@ -346,11 +375,15 @@ impl Client {
 }
 
 pub fn connect(address: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
-    stream.set_nodelay(true).unwrap();
-    stream
+    try_connect(address).unwrap()
+}
+
+fn try_connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 pub fn request(calling: &str, called: &str, contexts: &[Proposed<'_>]) -> Pdu {
