@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long a lock is waited for that a killed process may have left with a child.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Environment variables that an emulator reads begin with this.
 const EMULATOR_PREFIX: &[u8] = b"QEMU_";
