@@ -123,14 +123,22 @@ __device__ void load_inputs(T* inputs, u8* raw, const Images& images, int place,
     right = images.change[3 * place + 2];
   }
   __syncthreads();
-  for (int index = threadIdx.x; index < 12 * RAW; index += blockDim.x) {
-    int x = index % RAW, r = index / RAW;
-    int row = 2 * y + (r & 3) + down, column = 2 * first + x;
+  for (int x = threadIdx.x; x < RAW; x += blockDim.x) {
+    int column = 2 * first + x;
     bool is_inside = column < images.columns;
     if (mirrored) column = images.columns - 1 - column;
     column += right;
-    is_inside = is_inside && row >= 0 && row < images.rows && column >= 0 && column < images.columns;
-    raw[index] = is_inside ? image[(static_cast<i64>(r >> 2) * images.rows + row) * images.columns + column] : 0;
+    is_inside = is_inside && column >= 0 && column < images.columns;
+    // All twelve are on their way before the first is waited for.
+    u8 pixels[12];
+#pragma unroll
+    for (int r = 0; r < 12; r++) {
+      int row = 2 * y + r % 4 + down;
+      bool is_row = row >= 0 && row < images.rows;
+      pixels[r] = is_inside && is_row ? image[(static_cast<i64>(r / 4) * images.rows + row) * images.columns + column] : 0;
+    }
+#pragma unroll
+    for (int r = 0; r < 12; r++) raw[r * RAW + x] = pixels[r];
   }
   __syncthreads();
   for (int index = threadIdx.x; index < 4 * WINDOWS; index += blockDim.x) {
@@ -561,22 +569,34 @@ FOR_EACH_STORAGE(POOL)
   }
 FOR_EACH_STORAGE(HEAD)
 
-// Gradients of the first layer from partial sums: weight [channel, 27], with the images' scale, and bias. Grid: channels; block: 32 taps.
-extern "C" __global__ void conv1_sum(const float* partial, float* weight, float* bias, int n_parts, int channels) {
-  int channel = blockIdx.x, tap = threadIdx.x;
+// Sum of a column of [part, width] over the parts, by the block's threads of one threadIdx.x; the first of them (threadIdx.y 0) has it. All threads of the block call it.
+__device__ __forceinline__ float sum_column(const float* partial, int n_parts, i64 width, i64 column) {
+  __shared__ float sums[1024];
   float sum = 0.0f;
-  for (int part = 0; part < n_parts; part++) sum += partial[(static_cast<i64>(part) * channels + channel) * TAPS_IN_MEMORY + tap];
+  if (column < width) {
+    for (int part = threadIdx.y; part < n_parts; part += blockDim.y) sum += partial[part * width + column];
+  }
+  sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0) return 0.0f;
+  for (unsigned y = 1; y < blockDim.y; y++) sum += sums[y * blockDim.x + threadIdx.x];
+  return sum;
+}
+
+// Gradients of the first layer from partial sums: weight [channel, 27], with the images' scale, and bias. Grid: channels; block: [32 taps, some parts].
+extern "C" __global__ void __launch_bounds__(1024) conv1_sum(const float* partial, float* weight, float* bias, int n_parts, int channels) {
+  int channel = blockIdx.x, tap = threadIdx.x;
+  float sum = sum_column(partial, n_parts, static_cast<i64>(channels) * TAPS_IN_MEMORY, static_cast<i64>(channel) * TAPS_IN_MEMORY + tap);
+  if (threadIdx.y > 0) return;
   if (tap < TAPS) weight[static_cast<i64>(channel) * TAPS + tap] = sum * IMAGE_SCALE;
   if (tap == TAPS) bias[channel] = sum;
 }
 
-// Sums over the parts of [part, n].
-extern "C" __global__ void sum_parts(const float* partial, float* sums, int n_parts, int n) {
+// Sums over the parts of [part, n]. Grid: blockDim.x of n; block: [of n, some parts].
+extern "C" __global__ void __launch_bounds__(1024) sum_parts(const float* partial, float* sums, int n_parts, int n) {
   int index = blockIdx.x * blockDim.x + threadIdx.x;
-  if (index >= n) return;
-  float sum = 0.0f;
-  for (int part = 0; part < n_parts; part++) sum += partial[static_cast<i64>(part) * n + index];
-  sums[index] = sum;
+  float sum = sum_column(partial, n_parts, n, index);
+  if (threadIdx.y == 0 && index < n) sums[index] = sum;
 }
 
 // Logits of z [image, unit], a hidden layer before bias and ReLU; where there are targets [image, 2] (label, weight) also each image's part of the mean loss

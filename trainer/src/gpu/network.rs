@@ -26,6 +26,10 @@ const BLOCKS_EACH: usize = 16;
 const MOST_PARTS: usize = 1024;
 /// Inputs of the first layer in a kernel's memory: 27 and what fills up.
 const TAPS_IN_MEMORY: usize = 32;
+/// Values, and parts at a time, of a block that adds up partial sums: a channel has up to `MOST_PARTS`, which one thread would wait for one after the other.
+const SUM_BLOCK: [usize; 2] = [32, 32];
+/// Parts at a time of a block that adds up the first layer's gradients.
+const CONV1_SUM_PARTS: usize = 8;
 /// Channels that a block of the first layer's kernels computes.
 const CHANNELS_EACH: usize = 256;
 
@@ -521,7 +525,11 @@ impl Network {
             Int(parts),
             Int(block.channels),
         ];
-        let grid = Grid::of(block.channels, usize::MAX);
+        let grid = Grid {
+            blocks: [block.channels.div_ceil(SUM_BLOCK[0]), 1, 1],
+            threads: SUM_BLOCK,
+            shared_bytes: 0,
+        };
         self.device.launch("sum_parts", grid, &arguments)
     }
 
@@ -563,7 +571,7 @@ impl Network {
         ];
         let grid = Grid {
             blocks: [first.channels, 1, 1],
-            threads: [TAPS_IN_MEMORY, 1],
+            threads: [TAPS_IN_MEMORY, CONV1_SUM_PARTS],
             shared_bytes: 0,
         };
         self.device.launch("conv1_sum", grid, &arguments)
