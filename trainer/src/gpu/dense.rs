@@ -1,6 +1,7 @@
 //! The first dense layer by cuBLAS: output before bias, gradient of its input, gradient of its weights.
 //!
-//! cuBLAS sees matrices column after column; a row-major `[a, b]` is its `b x a`. Products are summed in f32.
+//! cuBLAS sees matrices column after column; a row-major `[a, b]` is its `b x a`. Products are summed in f32, also where a product is bf16 and its sum is made in
+//! several parts.
 #![expect(
     unsafe_code,
     reason = "calls of cuBLAS on memory whose lengths the layout gives"
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cudarc::cublas::sys::{
-    cublasComputeType_t, cublasGemmAlgo_t, cublasHandle_t, cublasOperation_t, cudaDataType,
+    self, cublasComputeType_t, cublasGemmAlgo_t, cublasHandle_t, cublasOperation_t, cudaDataType,
 };
 use cudarc::cublas::{CudaBlas, result};
 use cudarc::driver::CudaStream;
@@ -33,6 +34,15 @@ type Factor = (u64, bool, usize);
 impl Dense {
     pub(crate) fn new(device: &Device, precision: Precision) -> Result<Self> {
         let blas = CudaBlas::new(device.stream.clone()).context("starting cuBLAS")?;
+        // SAFETY: the handle is open.
+        unsafe {
+            sys::cublasSetMathMode(
+                *blas.handle(),
+                sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
+            )
+        }
+        .result()
+        .context("starting cuBLAS")?;
         Ok(Self {
             blas,
             storage: match precision {

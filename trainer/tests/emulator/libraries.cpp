@@ -51,6 +51,8 @@ bool blas_type(int code, Type& type) {
 extern "C" {
 int cublasCreate_v2(void** handle) { *handle = new Blas; return 0; }
 int cublasDestroy_v2(void* handle) { delete static_cast<Blas*>(handle); return 0; }
+// No other mode but that without sums of fewer bits.
+int cublasSetMathMode(void*, int mode) { return mode == 16 ? 0 : 7; }
 int cublasSetStream_v2(void* handle, void* stream) { static_cast<Blas*>(handle)->stream = stream; return 0; }
 // c[m, n] = alpha op(a)[m, k] op(b)[k, n] + beta c, columns one after the other.
 int cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda, const void* b, int type_b, int ldb,
