@@ -109,10 +109,10 @@ parser.add_argument("--rehearse", type=pathlib.Path, metavar="LIBRARIES", help="
 arguments = parser.parse_args()
 is_rehearsal = arguments.rehearse is not None
 if is_rehearsal:
-    N_IMAGES, BATCH, STEPS, WIDTH, SMALL, UNITS, PREPARE = 8, 4, 4, "0.001", "0.001", [8, 8, 8, 8], "--phantom 14 --slices 5 --matrix 64"
+    N_IMAGES, BATCH, STEPS, EPOCHS, WIDTH, SMALL, UNITS, PREPARE = 16, 2, 2, (1, 1), "0.001", "0.001", [8, 8, 8, 8], "--phantom 14 --slices 5 --matrix 64"
     ORDERED, TRANSFER_STEPS, TESTS, CEILING, TORCH, COMPILED = (6, 2), 1, "gpu::tests::nan", [256, 1 << 20], "cpu", "eager"
 else:
-    N_IMAGES, BATCH, STEPS, WIDTH, SMALL, UNITS, PREPARE = 4000, 50, 400, "1", "0.125", [512, 256, 128, 256], "--phantom 130 --slices 50"
+    N_IMAGES, BATCH, STEPS, EPOCHS, WIDTH, SMALL, UNITS, PREPARE = 4000, 50, 400, (10, 3), "1", "0.125", [512, 256, 128, 256], "--phantom 130 --slices 50"
     ORDERED, TRANSFER_STEPS, TESTS, CEILING, TORCH, COMPILED = (50, 4), 200, "gpu::", [8192, 4 << 30], "cuda", "compile"
 begin = time.monotonic()
 # What is left for the last rows and the table.
@@ -250,11 +250,11 @@ def speed():
 
 
 def ten_epochs():
-    summary = train("ten", "--sampling", "all", "--images", N_IMAGES, "--batch", BATCH, "--width", WIDTH, "--epochs", 10, "--device", "cuda:0")
+    summary = train("ten", "--sampling", "all", "--images", N_IMAGES, "--batch", BATCH, "--width", WIDTH, "--epochs", EPOCHS[0], "--device", "cuda:0")
     if summary:
         n = sum(summary["n_train"])
         seconds = f"{summary['training_seconds']:.1f} ({summary['tuning_seconds']:.1f}, {summary['seconds']:.1f})"
-        row(f"{n} images, 10 epochs: training s (choosing plans, all with validation and checkpoints)", seconds, "15", n == N_IMAGES and summary["training_seconds"] <= 15)
+        row(f"{n} images, {EPOCHS[0]} epochs: training s (choosing plans, all with validation and checkpoints)", seconds, "15", n == N_IMAGES and summary["training_seconds"] <= 15)
 
 
 def streamed():
@@ -294,7 +294,7 @@ def whole_runs():
     found = {}
     for precision in ["f32", "bf16"]:
         out = f"whole-{precision}"
-        options = ["--sampling", "all", "--images", N_IMAGES, "--width", SMALL, "--epochs", "3", "--learning-rate", "0.0004", "--batch", BATCH]
+        options = ["--sampling", "all", "--images", N_IMAGES, "--width", SMALL, "--epochs", EPOCHS[1], "--learning-rate", "0.0004", "--batch", BATCH]
         if train(out, *options, "--device", "cuda:0", "--precision", precision):
             report = work / f"report-{precision}"
             _, stderr, code = program([trainer, "evaluate", "--model", work / out / "model.safetensors", "--data", cache, "--out", report, "--json"])
