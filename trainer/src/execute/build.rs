@@ -62,81 +62,48 @@ impl Builder<'_> {
     }
 
     fn add(&mut self, node: &NodeProto) -> Result<(), ExecuteError> {
-        let unsupported = |reason| ExecuteError::Unsupported {
-            node: node.name.clone(),
-            op_type: node.op_type.clone(),
-            reason,
+        let [Some(input), Some(output)] = [node.input.first(), node.output.first()] else {
+            return Err(unsupported(node, "without input or output"));
         };
-        let output = node
-            .output
-            .first()
-            .ok_or_else(|| unsupported("without output"))?;
-        let input = node
-            .input
-            .first()
-            .ok_or_else(|| unsupported("without input"))?;
         if node.op_type == "DequantizeLinear" && self.protos.contains_key(input.as_str()) {
             let constant = self.dequantized(node)?;
             self.constants.insert(output.clone(), Arc::new(constant));
             return Ok(());
         }
-        let mut n_inputs = 1;
-        let operation = match node.op_type.as_str() {
+        let operation = self.operation(node)?;
+        let n_inputs = match operation {
+            Operation::Add => 2,
+            Operation::Concat => node.input.len(),
+            _ => 1,
+        };
+        let mut inputs = Vec::with_capacity(n_inputs);
+        for name in node.input.iter().take(n_inputs) {
+            let known = self.slots.get(name).copied();
+            inputs.push(known.ok_or_else(|| OnnxError::Undefined { name: name.clone() })?);
+        }
+        let output = self.slot(output);
+        self.steps.push(Step {
+            name: node.name.clone(),
+            operation,
+            inputs,
+            output,
+        });
+        Ok(())
+    }
+
+    fn operation(&mut self, node: &NodeProto) -> Result<Operation, ExecuteError> {
+        Ok(match node.op_type.as_str() {
             "Cast" | "Identity" | "Dropout" => Operation::Identity,
             "Mul" => Operation::Multiply(self.scalar(node, 1)?),
             "Relu" => Operation::Relu,
             "Sigmoid" => Operation::Sigmoid,
             "Flatten" => Operation::Flatten,
             "GlobalAveragePool" => Operation::GlobalAverage,
-            "Add" => {
-                n_inputs = 2;
-                Operation::Add
-            }
-            "Concat" if node.int("axis", 0) == 1 => {
-                n_inputs = node.input.len();
-                Operation::Concat
-            }
-            "Conv"
-                if node.int("group", 1) == 1
-                    && node.ints("dilations").iter().all(|&dilation| dilation == 1) =>
-            {
-                let weight = self.constant(node, 1)?;
-                let kernel = weight
-                    .shape
-                    .get(2..4)
-                    .ok_or_else(|| unsupported("has no 2-D kernel"))?;
-                let window = window(node, [kernel[0], kernel[1]])
-                    .ok_or_else(|| unsupported("has unusual pads or strides"))?;
-                let bias = if node.input.len() > 2 {
-                    Some(self.constant(node, 2)?)
-                } else {
-                    None
-                };
-                if bias
-                    .as_ref()
-                    .is_some_and(|bias| bias.values.len() != weight.shape[0])
-                {
-                    return Err(unsupported("has a bias of another length"));
-                }
-                Operation::Convolution(Convolution::new(weight, bias, window))
-            }
+            "Add" => Operation::Add,
+            "Concat" if node.int("axis", 0) == 1 => Operation::Concat,
+            "Conv" if is_plain(node) => Operation::Convolution(self.convolution(node)?),
             "MaxPool" | "AveragePool" if node.int("ceil_mode", 0) == 0 => {
-                let kernel: Vec<usize> = node
-                    .ints("kernel_shape")
-                    .iter()
-                    .filter_map(|&extent| usize::try_from(extent).ok())
-                    .collect();
-                let &[rows, columns] = kernel.as_slice() else {
-                    return Err(unsupported("has no 2-D kernel"));
-                };
-                let window = window(node, [rows, columns])
-                    .ok_or_else(|| unsupported("has unusual pads or strides"))?;
-                let is_average = node.op_type == "AveragePool";
-                Operation::Pool(Pool {
-                    window,
-                    is_average,
-                    counts_padding: node.int("count_include_pad", 0) == 1,
-                })
+                Operation::Pool(pool(node)?)
             }
             "Gemm" if node.int("transB", 0) == 1 && node.int("transA", 0) == 0 => {
                 Operation::Dense {
@@ -157,21 +124,26 @@ impl Builder<'_> {
                 scale: self.scalar(node, 1)?,
                 zero_point: self.zero_point(node)?.0,
             },
-            _ => return Err(unsupported("is not implemented in this form")),
+            _ => return Err(unsupported(node, "is not implemented in this form")),
+        })
+    }
+
+    fn convolution(&mut self, node: &NodeProto) -> Result<Convolution, ExecuteError> {
+        let weight = self.constant(node, 1)?;
+        let &[n_outputs, _, rows, columns] = weight.shape.as_slice() else {
+            return Err(unsupported(node, "has no 2-D kernel"));
         };
-        let mut inputs = Vec::with_capacity(n_inputs);
-        for name in node.input.iter().take(n_inputs) {
-            let known = self.slots.get(name).copied();
-            inputs.push(known.ok_or_else(|| OnnxError::Undefined { name: name.clone() })?);
+        let window = window(node, [rows, columns])?;
+        let bias = if node.input.len() > 2 {
+            Some(self.constant(node, 2)?)
+        } else {
+            None
+        };
+        let is_other = |bias: &Arc<Tensor>| bias.values.len() != n_outputs;
+        if bias.as_ref().is_some_and(is_other) {
+            return Err(unsupported(node, "has a bias of another length"));
         }
-        let output = self.slot(output);
-        self.steps.push(Step {
-            name: node.name.clone(),
-            operation,
-            inputs,
-            output,
-        });
-        Ok(())
+        Ok(Convolution::new(weight, bias, window))
     }
 
     fn constant(&mut self, node: &NodeProto, index: usize) -> Result<Arc<Tensor>, ExecuteError> {
@@ -186,6 +158,12 @@ impl Builder<'_> {
             shape: proto.shape()?,
             values: proto.to_f32()?,
         });
+        if constant.values.is_empty() {
+            return Err(ExecuteError::Shape {
+                node: node.name.clone(),
+                found: constant.shape.clone(),
+            });
+        }
         self.constants
             .insert(name.to_owned(), Arc::clone(&constant));
         Ok(constant)
@@ -263,8 +241,35 @@ impl Builder<'_> {
     }
 }
 
-/// Kernel, strides and pads of a node; `None` where they are no 2-D extents.
-fn window(node: &NodeProto, kernel: [usize; 2]) -> Option<Window> {
+fn unsupported(node: &NodeProto, reason: &'static str) -> ExecuteError {
+    ExecuteError::Unsupported {
+        node: node.name.clone(),
+        op_type: node.op_type.clone(),
+        reason,
+    }
+}
+
+/// Neither grouped nor dilated.
+fn is_plain(node: &NodeProto) -> bool {
+    let mut dilations = node.ints("dilations").iter();
+    node.int("group", 1) == 1 && dilations.all(|&dilation| dilation == 1)
+}
+
+fn pool(node: &NodeProto) -> Result<Pool, ExecuteError> {
+    let extents = node.ints("kernel_shape").iter();
+    let kernel: Vec<usize> = extents.filter_map(|&n| usize::try_from(n).ok()).collect();
+    let &[rows, columns] = kernel.as_slice() else {
+        return Err(unsupported(node, "has no 2-D kernel"));
+    };
+    Ok(Pool {
+        window: window(node, [rows, columns])?,
+        is_average: node.op_type == "AveragePool",
+        counts_padding: node.int("count_include_pad", 0) == 1,
+    })
+}
+
+/// Kernel, strides and pads of a node.
+fn window(node: &NodeProto, kernel: [usize; 2]) -> Result<Window, ExecuteError> {
     let extents = |name: &str, default: i64, n: usize| -> Option<Vec<usize>> {
         let given = node.ints(name);
         let all = if given.is_empty() {
@@ -278,18 +283,17 @@ fn window(node: &NodeProto, kernel: [usize; 2]) -> Option<Window> {
             .collect();
         all.filter(|all| all.len() == n)
     };
-    let strides: [usize; 2] = extents("strides", 1, 2)?.try_into().ok()?;
-    let pads: [usize; 4] = extents("pads", 0, 4)?.try_into().ok()?;
-    let is_sound =
-        strides.iter().all(|&stride| stride > 0) && kernel.iter().all(|&extent| extent > 0);
-    (is_sound
-        && pads
-            .iter()
-            .zip(kernel.iter().chain(&kernel))
-            .all(|(pad, extent)| pad < extent))
-    .then_some(Window {
-        kernel,
-        strides,
-        pads,
-    })
+    let sound = || {
+        let strides: [usize; 2] = extents("strides", 1, 2)?.try_into().ok()?;
+        let pads: [usize; 4] = extents("pads", 0, 4)?.try_into().ok()?;
+        let is_extent = |extent: &usize| (1..=shared::SIDE).contains(extent);
+        let mut padded = pads.iter().zip(kernel.iter().chain(&kernel));
+        (strides.iter().chain(&kernel).all(is_extent) && padded.all(|(pad, extent)| pad < extent))
+            .then_some(Window {
+                kernel,
+                strides,
+                pads,
+            })
+    };
+    sound().ok_or_else(|| unsupported(node, "has an unusual kernel, strides or pads"))
 }

@@ -6,7 +6,7 @@
 //! (weights outside the file, typed instead of raw data). Which graph stands in the messages is the business of
 //! [`crate::export`] and [`crate::quantize`]; running it is [`crate::execute`]'s and the engine's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 mod messages;
 mod node;
@@ -68,10 +68,22 @@ pub enum OnnxError {
         /// Bytes expected.
         expected: usize,
     },
-    /// A name is used but not defined.
-    #[error("tensor {name} is used but never produced")]
+    /// A name is used but not defined before.
+    #[error("tensor {name} is used but not produced before")]
     Undefined {
         /// The name.
+        name: String,
+    },
+    /// A name is given to two tensors.
+    #[error("tensor {name} is produced twice")]
+    Twice {
+        /// The name.
+        name: String,
+    },
+    /// A node reads or gives nothing.
+    #[error("node {name} has no input or no output")]
+    Unconnected {
+        /// Its name.
         name: String,
     },
 }
@@ -80,13 +92,12 @@ pub enum OnnxError {
 ///
 /// # Errors
 ///
-/// [`OnnxError::Decode`] where the bytes are no such message, [`OnnxError::NoGraph`] where it is empty.
+/// [`OnnxError::Decode`] where the bytes are no such message, [`OnnxError::NoGraph`] where it is empty; a node that reads what no node before
+/// it gave, or gives what is there already.
 pub fn read(bytes: &[u8]) -> Result<ModelProto, OnnxError> {
     let model = ModelProto::decode(bytes).map_err(OnnxError::Decode)?;
-    match model.graph {
-        Some(_) => Ok(model),
-        None => Err(OnnxError::NoGraph),
-    }
+    model.graph()?.check_names()?;
+    Ok(model)
 }
 
 /// The bytes of a model file. The same message gives the same bytes.
@@ -152,6 +163,29 @@ impl GraphProto {
         let named = self.initializer.iter();
         named.map(|tensor| (tensor.name.as_str(), tensor)).collect()
     }
+
+    /// Holds the nodes to their order: whoever follows the graph from reader to reader comes to an end.
+    fn check_names(&self) -> Result<(), OnnxError> {
+        let inputs = self.input.iter().map(|input| input.name.as_str());
+        let mut known: BTreeSet<&str> = self.initializers().into_keys().chain(inputs).collect();
+        for node in &self.node {
+            if node.input.is_empty() || node.output.is_empty() {
+                let name = node.name.clone();
+                return Err(OnnxError::Unconnected { name });
+            }
+            // An empty name stands for an input that is left out.
+            let mut inputs = node.input.iter().filter(|name| !name.is_empty());
+            if let Some(name) = inputs.find(|name| !known.contains(name.as_str())) {
+                return Err(OnnxError::Undefined { name: name.clone() });
+            }
+            for name in &node.output {
+                if !known.insert(name) {
+                    return Err(OnnxError::Twice { name: name.clone() });
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// An extent as protobuf holds it; no array in memory has one beyond `i64::MAX`.
@@ -204,6 +238,21 @@ mod tests {
     fn bytes_that_are_no_model_are_refused() {
         assert!(matches!(read(b"DICM, not ONNX"), Err(OnnxError::Decode(_))));
         assert!(matches!(read(b""), Err(OnnxError::NoGraph)));
+    }
+
+    #[test]
+    fn nodes_out_of_order_are_refused() {
+        let refused = |change: &dyn Fn(&mut NodeProto)| {
+            let mut model = small_model();
+            change(&mut model.graph.as_mut().unwrap().node[0]);
+            read(&write(&model).unwrap()).unwrap_err().to_string()
+        };
+        let circle = refused(&|node| node.input[0] = "y".to_owned());
+        assert_eq!(circle, "tensor y is used but not produced before");
+        let twice = refused(&|node| node.output[0] = "x".to_owned());
+        assert_eq!(twice, "tensor x is produced twice");
+        let alone = refused(&|node| node.output.clear());
+        assert_eq!(alone, "node dense1 has no input or no output");
     }
 
     #[test]
