@@ -6,7 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// Longest wait for a file of another process.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
+/// How often a run is begun anew that ended before this process, on a busy machine, could kill it.
+pub(crate) const TRIALS: u32 = 10;
 
 pub(crate) fn trainer(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
