@@ -16,10 +16,13 @@ use shared::manifest::DataKind;
 use shared::spec::PreprocessSpec;
 
 use crate::checkpoint;
+use crate::exit::{Exit, fault};
 use crate::index::{self, Part, Row};
 
 /// The format version that this code reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
+/// The file of the tensors.
+pub const TENSORS: &str = "tensors.u8";
 
 /// `manifest.json` of a cache folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +48,12 @@ pub struct CacheManifest {
     pub index_digest: String,
     /// What was found but is not in the cache, and why.
     pub left_out: Vec<LeftOut>,
+}
+
+/// What every version of `manifest.json` has.
+#[derive(Deserialize)]
+struct Versioned {
+    format_version: u32,
 }
 
 /// A source file that is not in the cache.
@@ -79,17 +88,18 @@ impl Cache {
                 folder.display()
             )
         })?;
-        let manifest: CacheManifest =
-            serde_json::from_str(&text).with_context(|| format!("reading {}", path.display()))?;
+        let context = || format!("reading {}", path.display());
+        // The version first: another one may have other fields.
+        let Versioned { format_version } = serde_json::from_str(&text).with_context(context)?;
         ensure!(
-            manifest.format_version == FORMAT_VERSION,
-            "{} has format version {}; this build reads version {FORMAT_VERSION}",
-            path.display(),
-            manifest.format_version
+            format_version == FORMAT_VERSION,
+            "{} has format version {format_version}, this build reads version {FORMAT_VERSION}; prepare the cache anew",
+            path.display()
         );
+        let manifest: CacheManifest = serde_json::from_str(&text).with_context(context)?;
         check_digest(folder, "index.csv", &manifest.index_digest)?;
         let rows = index::read_csv(&folder.join("index.csv"))?;
-        let path = folder.join("tensors.u8");
+        let path = folder.join(TENSORS);
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
         let (length, needed) = (
             file.metadata()?.len(),
@@ -189,7 +199,7 @@ impl Cache {
     /// A file whose digest is another one.
     pub fn check_digests(&self) -> Result<()> {
         for (name, expected) in [
-            ("tensors.u8", &self.manifest.tensors_digest),
+            (TENSORS, &self.manifest.tensors_digest),
             ("index.csv", &self.manifest.index_digest),
         ] {
             check_digest(&self.folder, name, expected)?;
@@ -205,6 +215,23 @@ fn check_digest(folder: &Path, name: &str, expected: &str) -> Result<()> {
         "{}/{name} is damaged: its digest is {found}, the manifest says {expected}; prepare the cache anew",
         folder.display()
     );
+    Ok(())
+}
+
+/// Refuses a cache as the folder for something else, whose `manifest.json` would take the place of the cache's.
+///
+/// # Errors
+/// `folder` is a cache.
+pub fn refuse_as_output(folder: &Path) -> Result<()> {
+    if folder.join(TENSORS).exists() {
+        return Err(fault(
+            Exit::CannotWrite,
+            format!(
+                "{} is a cache, which nothing else is written into; give another --out",
+                folder.display()
+            ),
+        ));
+    }
     Ok(())
 }
 
@@ -265,6 +292,31 @@ mod tests {
         write_atomically(&path, b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_cache_of_another_version_is_told_by_its_number() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(
+            folder.path().join("manifest.json"),
+            r#"{"format_version": 0, "of": "before"}"#,
+        )
+        .unwrap();
+        let message = format!("{:#}", Cache::open(folder.path()).unwrap_err());
+        assert!(
+            message.contains("format version 0, this build reads version 1; prepare"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_cache_is_no_folder_for_anything_else() {
+        let folder = tempfile::tempdir().unwrap();
+        refuse_as_output(folder.path()).unwrap();
+        refuse_as_output(&folder.path().join("none")).unwrap();
+        std::fs::write(folder.path().join(TENSORS), []).unwrap();
+        let error = refuse_as_output(folder.path()).unwrap_err();
+        assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
     }
 
     #[test]

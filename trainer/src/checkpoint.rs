@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use safetensors::tensor::{Dtype, SafeTensors};
 
+use crate::exit::{Exit, fault};
 use crate::network::{Parameter, to_safetensors};
 use crate::operators::optimiser::Moments;
 
@@ -172,11 +173,15 @@ fn read(
     );
     let started: Fingerprint = serde_json::from_str(field("fingerprint")?)?;
     let differences = differences(&started, fingerprint);
-    ensure!(
-        differences.is_empty(),
-        "the run was started with {}; continue it so, or choose another folder",
-        differences.join(", with ")
-    );
+    if !differences.is_empty() {
+        return Err(fault(
+            Exit::CannotWrite,
+            format!(
+                "the run was started with {}; continue it so, or choose another folder",
+                differences.join(", with ")
+            ),
+        ));
+    }
     let file = SafeTensors::deserialize(bytes)?;
     let values = |name: &str, shape: &[usize]| -> anyhow::Result<Vec<f32>> {
         let view = file.tensor(name)?;

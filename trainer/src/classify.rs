@@ -94,6 +94,10 @@ fn file(
         Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
             return Ok(vec![refused(format!("{} bytes", metadata.len()))]);
         }
+        // Opening a pipe would wait for whoever writes into it.
+        Ok(metadata) if !metadata.is_file() => {
+            return Ok(vec![refused("not a regular file".to_owned())]);
+        }
         _ => std::fs::read(path),
     };
     let bytes = match bytes {
@@ -143,65 +147,56 @@ pub fn table(judged: &[Judged], manifest: Option<&Manifest>) -> String {
             series.entry(&one.series).or_default().push(one);
         }
     }
+    let mut text = String::new();
+    for ((study_uid, _), slices) in series {
+        text += &line(study_uid, slices, manifest);
+    }
+    // Writing to a String does not fail.
+    for (reason, n) in reasons {
+        _ = writeln!(text, "not analysed: {n} ({reason})");
+    }
+    _ = writeln!(text, "{RESEARCH_USE}");
+    text
+}
+
+/// A series' line.
+fn line(study_uid: &str, mut slices: Vec<&Judged>, manifest: Option<&Manifest>) -> String {
+    let z = |one: &Judged| one.z_mm.unwrap_or(f64::NEG_INFINITY);
+    slices.sort_by(|a, b| z(a).total_cmp(&z(b)));
+    let logits: Vec<Option<f32>> = slices
+        .iter()
+        .map(|one| one.outcome.as_ref().ok().copied())
+        .collect();
+    let analysed = || logits.iter().flatten().copied();
+    let (n_analysed, n_slices) = (analysed().count(), logits.len());
+    if n_analysed == 0 {
+        return format!("study {study_uid}: none of {n_slices} slices analysed\n");
+    }
     let threshold = manifest
         .and_then(|manifest| manifest.logit_threshold())
         .unwrap_or(0.0);
     let temperature = manifest
         .and_then(|manifest| manifest.temperature)
         .unwrap_or(1.0);
-    let mut text = String::new();
-    let mut line = |content: String| {
-        text.push_str(&content);
-        text.push('\n');
-    };
-    for ((study_uid, _), mut slices) in series {
-        let z = |one: &Judged| one.z_mm.unwrap_or(f64::NEG_INFINITY);
-        slices.sort_by(|a, b| z(a).total_cmp(&z(b)));
-        let logits: Vec<Option<f32>> = slices
-            .iter()
-            .map(|one| one.outcome.as_ref().ok().copied())
-            .collect();
-        let (n_analysed, n_slices) = (logits.iter().flatten().count(), logits.len());
-        if n_analysed == 0 {
-            line(format!(
-                "study {study_uid}: none of {n_slices} slices analysed"
-            ));
-            continue;
+    let n_positive = analysed().filter(|logit| *logit >= threshold).count();
+    let highest = analysed().fold(f32::NEG_INFINITY, f32::max);
+    let scored = manifest.and_then(|manifest| {
+        let rule = manifest.study_rule?;
+        Some((study::score(&rule, &logits)?, rule.logit_threshold))
+    });
+    let verdict = match scored {
+        Some((score, threshold)) if score >= threshold => {
+            format!("study score {score:.3}: suspected")
         }
-        let n_positive = logits
-            .iter()
-            .flatten()
-            .filter(|logit| **logit >= threshold)
-            .count();
-        let highest = logits
-            .iter()
-            .flatten()
-            .copied()
-            .fold(f32::NEG_INFINITY, f32::max);
-        let verdict = manifest
-            .and_then(|manifest| manifest.study_rule)
-            .and_then(|rule| {
-                let score = study::score(&rule, &logits)?;
-                Some(if score >= rule.logit_threshold {
-                    format!("study score {score:.3}: suspected")
-                } else {
-                    format!(
-                        "study score {score:.3}: not detected on {n_analysed} of {n_slices} slices"
-                    )
-                })
-            });
-        line(format!(
-            "study {study_uid}: {n_analysed} of {n_slices} slices analysed, {n_positive} positive, highest probability {:.3}; {}",
-            sigmoid(tempered(highest, temperature)),
-            verdict.unwrap_or_else(|| "no study rule".into())
-        ));
-    }
-    for (reason, n) in reasons {
-        line(format!("not analysed: {n} ({reason})"));
-    }
-    // Writing to a String does not fail.
-    _ = writeln!(text, "{RESEARCH_USE}");
-    text
+        Some((score, _)) => {
+            format!("study score {score:.3}: not detected on {n_analysed} of {n_slices} slices")
+        }
+        None => "no study rule".to_owned(),
+    };
+    format!(
+        "study {study_uid}: {n_analysed} of {n_slices} slices analysed, {n_positive} positive, highest probability {:.3}; {verdict}\n",
+        sigmoid(tempered(highest, temperature))
+    )
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "shown with three digits")]

@@ -10,6 +10,7 @@ pub mod bootstrap;
 pub mod cache;
 pub mod calibrate;
 pub mod checkpoint;
+pub mod claim;
 pub mod classify;
 pub mod cli;
 pub mod compare;

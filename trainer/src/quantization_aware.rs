@@ -17,6 +17,7 @@ use crate::checkpoint::write_atomically;
 use crate::export::{IMAGE_SCALE, float_file, new_manifest, weights_of};
 use crate::network::{Network, Parameter};
 use crate::operators::straight_through::{Replaced, RoundedActivation};
+use crate::provenance;
 use crate::quantize::{self, Choice, Options, QuantizedLayer, WeightBits, activation_scale};
 
 /// The file in a run folder.
@@ -77,12 +78,9 @@ pub fn calibrate(
 ) -> Result<TrainedRanges> {
     let (architecture, width) = (network.architecture(), network.width());
     let weights = weights_of(network)?;
-    let float = float_file(
-        architecture,
-        width,
-        &weights,
-        &new_manifest(architecture, width),
-    )?;
+    let mut manifest = new_manifest(architecture, width);
+    provenance::tell(&network.provenance, &mut manifest)?;
+    let float = float_file(architecture, width, &weights, &manifest)?;
     let options = Options {
         weight_bits,
         equalise: Choice::Off,

@@ -1,5 +1,6 @@
 //! Files of a unit: DICOM, the JPEG copy, loose pictures. What cannot be used is left out with its reason.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -44,6 +45,10 @@ pub(super) fn hash_of(bytes: &[u8], hasher: &mut blake3::Hasher) {
 }
 
 pub(super) fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    // Opening a pipe would wait for whoever writes into it.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
     let file = File::open(path)?;
     let length = file.metadata()?.len();
     if length > MAX_FILE_BYTES {
@@ -83,6 +88,11 @@ pub(super) fn dicom_series(
             let opened = bytes.and_then(|bytes| {
                 let object = dicom::read(&bytes)
                     .map_err(|error| left_out(unit, slice, error.code(), &error.to_string()))?;
+                let n_frames = object.n_frames();
+                if n_frames > 1 {
+                    let reason = format!("{n_frames} frames; a label is that of one slice");
+                    return Err(left_out(unit, slice, "multi-frame", &reason));
+                }
                 let frame = object
                     .frame(0)
                     .map_err(|error| left_out(unit, slice, error.code(), &error.to_string()))?;
@@ -138,16 +148,7 @@ pub(super) fn jpeg_series(
     hasher: &mut blake3::Hasher,
     left: &mut Vec<LeftOut>,
 ) -> Vec<Decoded> {
-    let mut ranks: std::collections::HashMap<String, (f64, PathBuf)> = Default::default();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let stem = path.file_stem().and_then(|stem| stem.to_str());
-        if let Some((rank, sop)) = stem.and_then(|stem| stem.split_once('_'))
-            && let Ok(rank) = rank.parse::<u32>()
-        {
-            ranks.insert(sop.to_owned(), (f64::from(rank), path));
-        }
-    }
+    let ranks = ranks(unit, folder, left);
     let read = read_files(
         unit,
         |slice| {
@@ -184,6 +185,40 @@ pub(super) fn jpeg_series(
             ..slice
         })
         .collect()
+}
+
+/// Rank and file of each slice in a series' folder, by its name; a second file of a slice is left out.
+fn ranks(unit: &Unit, folder: &Path, left: &mut Vec<LeftOut>) -> HashMap<String, (f64, PathBuf)> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    // The order of a folder is the file system's.
+    paths.sort();
+    let mut ranks = HashMap::new();
+    for path in paths {
+        let stem = path.file_stem().and_then(|stem| stem.to_str());
+        let Some((rank, sop)) = stem.and_then(|stem| stem.split_once('_')) else {
+            continue;
+        };
+        let Ok(rank) = rank.parse::<u32>() else {
+            continue;
+        };
+        if let Some((first, _)) = ranks.get(sop) {
+            left.push(LeftOut {
+                file: format!(
+                    "{}/{}/{}",
+                    unit.study,
+                    unit.series,
+                    path.file_name().unwrap_or_default().display()
+                ),
+                reason: format!(
+                    "repeated: the slice of rank {first} has the same name; that one is used"
+                ),
+            });
+            continue;
+        }
+        ranks.insert(sop.to_owned(), (f64::from(rank), path));
+    }
+    ranks
 }
 
 pub(super) fn picture(slice: &Listed, tensor: Vec<u8>) -> Decoded {
@@ -284,7 +319,7 @@ fn is_whole_jpeg(bytes: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use image::codecs::jpeg::JpegEncoder;
-    use shared::phantom::{MANUFACTURER, StudyPlan, dicom_file};
+    use shared::phantom::{MANUFACTURER, StudyPlan, dicom_file, multi_frame_file};
 
     use super::*;
 
@@ -329,6 +364,49 @@ mod tests {
         let (slices, left) = prepared(b"nothing", &spec);
         assert!(slices.is_empty());
         assert_eq!(left[0].file, "a/b/1.2.3");
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_not_opened() {
+        let error = read_bounded(Path::new("/dev/zero")).unwrap_err();
+        assert_eq!(error.to_string(), "not a regular file");
+    }
+
+    #[test]
+    fn a_file_of_several_frames_is_left_out() {
+        let plan = StudyPlan::new(1, 0, 2, 64);
+        let file = multi_frame_file(&plan, 2, "1.2.840.10008.1.2.1").unwrap();
+        let (slices, left) = prepared(&file, &PreprocessSpec::default());
+        assert!(slices.is_empty());
+        assert!(
+            left[0].reason.starts_with("multi-frame: 2 frames"),
+            "{left:?}"
+        );
+    }
+
+    #[test]
+    fn a_second_jpeg_of_a_slice_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["0003_1.2.3.jpg", "0001_1.2.3.jpg"] {
+            std::fs::write(folder.path().join(name), jpeg()).unwrap();
+        }
+        let unit = Unit {
+            study: "a".into(),
+            series: "b".into(),
+            labels: None,
+            slices: vec![Listed {
+                name: "1.2.3".into(),
+                pe_present: false,
+            }],
+            left_out: Vec::new(),
+        };
+        let mut left = Vec::new();
+        let slices = jpeg_series(&unit, folder.path(), &mut blake3::Hasher::new(), &mut left);
+        assert_eq!(
+            slices.iter().map(|slice| slice.z_mm).collect::<Vec<_>>(),
+            [Some(1.0)]
+        );
+        assert_eq!(left[0].file, "a/b/0003_1.2.3.jpg");
     }
 
     #[test]

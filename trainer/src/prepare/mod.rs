@@ -16,7 +16,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use shared::spec::{Normalisation, PreprocessSpec};
@@ -72,7 +72,7 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
     /// Only every N-th unit, counted from I (0 to N-1)
-    #[arg(long, value_name = "I/N", value_parser = parse_shard)]
+    #[arg(long, value_name = "I/N", value_parser = parse_shard, conflicts_with = "merge")]
     pub shard: Option<Shard>,
     /// Normalise by each series' own range as the publication's JPEG copy (the board refuses such models)
     #[arg(long)]
@@ -116,7 +116,6 @@ struct Work {
 pub fn run(args: &PrepareArgs) -> Result<ExitCode> {
     let is_reused = args.out.exists();
     let summary = if let Some(shards) = &args.merge {
-        ensure!(args.shard.is_none(), "--merge takes no --shard");
         merge(shards, &args.out)?
     } else {
         prepare(
@@ -328,6 +327,20 @@ mod tests {
         let error =
             prepare(&Source::phantom(1, 2, 2, 64, false), &spec, 2, None, &out).unwrap_err();
         assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
+    }
+
+    #[test]
+    fn a_second_process_is_kept_out_of_the_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("cache");
+        std::fs::create_dir(partial_folder(&out)).unwrap();
+        let first = crate::claim::claim(&partial_folder(&out)).unwrap();
+        let source = Source::phantom(1, 1, 2, 64, false);
+        let spec = PreprocessSpec::default();
+        let error = prepare(&source, &spec, 1, None, &out).unwrap_err();
+        assert!(error.to_string().contains("another process"), "{error}");
+        drop(first);
+        prepare(&source, &spec, 1, None, &out).unwrap();
     }
 
     #[test]

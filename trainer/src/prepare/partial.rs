@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use shared::TENSOR_BYTES;
 
 use super::{JOURNAL, SHARD_FILE, SHOWN_REASONS, WHOLE, Work};
-use crate::cache::{CacheManifest, FORMAT_VERSION, LeftOut, write_atomically};
+use crate::cache::{CacheManifest, FORMAT_VERSION, LeftOut, TENSORS, write_atomically};
+use crate::claim::claim;
 use crate::exit::{Exit, fault};
 use crate::index::{self, Row};
 use crate::split::PERCENT_TRAIN_VAL;
@@ -31,6 +32,8 @@ pub(super) struct Partial {
     pub(super) journal: File,
     pub(super) hasher: blake3::Hasher,
     pub(super) done: Vec<Done>,
+    /// Keeps a second process out: a job array may start one of its jobs twice.
+    _claim: File,
 }
 
 pub(super) fn partial_folder(out: &Path) -> PathBuf {
@@ -44,14 +47,13 @@ impl Partial {
         let folder = partial_folder(out);
         let context = || format!("writing {}", folder.display());
         std::fs::create_dir_all(&folder).with_context(context)?;
+        let claim = claim(&folder)?;
         let header = serde_json::to_string(work)?;
         let done = read_journal(&folder.join(JOURNAL), &header)?;
         let n_rows: u64 = done.iter().map(|done| done.rows.len() as u64).sum();
         let mut options = OpenOptions::new();
         options.create(true).read(true).write(true).truncate(false);
-        let mut tensors = options
-            .open(folder.join("tensors.u8"))
-            .with_context(context)?;
+        let mut tensors = options.open(folder.join(TENSORS)).with_context(context)?;
         let n_bytes = n_rows * TENSOR_BYTES as u64;
         let is_short = tensors.metadata()?.len() < n_bytes;
         ensure!(
@@ -87,6 +89,7 @@ impl Partial {
             journal,
             hasher,
             done,
+            _claim: claim,
         })
     }
 

@@ -14,6 +14,7 @@ use crate::index::Part;
 use crate::onnx::{self, ModelProto};
 use crate::quantization_aware::{self, TrainedRanges};
 use crate::verify::manifest_of;
+use crate::{provenance, split};
 
 use super::{
     Choice, EQUALISED, FLOAT_FILE, Options, Profile, QuantizeReport, WEIGHT_BITS, WeightBits,
@@ -162,14 +163,17 @@ pub fn quantize(
     cache: &Cache,
     options: &Options,
 ) -> anyhow::Result<(Vec<u8>, QuantizeReport)> {
-    let rows = calibration_rows(cache, options.n_calibration);
-    let images: Vec<&[u8]> = rows.into_iter().map(|row| cache.tensor(row)).collect();
     quantize_bytes(
         float,
         options.profile,
         options.weight_bits,
         |model, manifest| {
             cache.check_preprocess(&manifest.preprocess)?;
+            // By study, where the file says nothing; the seed is of no account then.
+            let split = provenance::split(&manifest.tools, None, 0)?;
+            let trained = split::rows(cache, split.by, split.seed, Part::Train);
+            let rows = calibration_rows(cache, trained, options.n_calibration);
+            let images: Vec<&[u8]> = rows.into_iter().map(|row| cache.tensor(row)).collect();
             Ok(quantize_model(model, &images, options, &|| {})?)
         },
     )
@@ -305,10 +309,9 @@ pub(super) fn self_test_images(n: usize) -> Vec<Vec<u8>> {
     (1..).zip(0..n).map(of_seed).collect()
 }
 
-/// Rows of the training part, positive and negative in turn, each class evenly spread over the part.
-fn calibration_rows(cache: &Cache, n: usize) -> Vec<usize> {
-    let (positive, negative): (Vec<usize>, Vec<usize>) = cache
-        .part(Part::Train)
+/// At most `n` of the rows `trained`, positive and negative in turn, each class evenly spread over them.
+fn calibration_rows(cache: &Cache, trained: Vec<usize>, n: usize) -> Vec<usize> {
+    let (positive, negative): (Vec<usize>, Vec<usize>) = trained
         .into_iter()
         .partition(|&row| cache.rows()[row].pe_present);
     let spread = |rows: &[usize], n: usize| -> Vec<usize> {

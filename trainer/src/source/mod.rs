@@ -6,6 +6,7 @@
 
 mod train_csv;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -110,13 +111,17 @@ impl Source {
     /// Lists the files of `no_pe` and `pe_present`, in order of their names.
     ///
     /// # Errors
-    /// One of the folders is missing or empty.
+    /// One of the folders is missing or empty, or a link leads to a folder that was listed already.
     pub fn folders(folder: &Path) -> Result<Self> {
-        let mut units = Vec::new();
+        let (mut units, mut listed) = (Vec::new(), HashSet::new());
         for (name, pe_present) in [("no_pe", false), ("pe_present", true)] {
             let mut files = Vec::new();
-            walk(&folder.join(name), name, &mut files)?;
-            ensure!(!files.is_empty(), "{name} holds no file");
+            walk(&folder.join(name), name, &mut files, &mut listed)?;
+            ensure!(
+                !files.is_empty(),
+                "{} holds no file",
+                folder.join(name).display()
+            );
             files.sort();
             for names in files.chunks(FOLDER_UNIT) {
                 units.push(Unit {
@@ -253,9 +258,20 @@ pub fn identifier(text: &str) -> Uid {
     Uid::new(&format!("2.25.{number}")).expect("at most 39 digits after 2.25.")
 }
 
-fn walk(folder: &Path, below: &str, files: &mut Vec<String>) -> Result<()> {
-    let entries =
-        std::fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
+/// Lists files below `folder`. `listed` are the folders that were: a link back would count files again, and under the other label.
+fn walk(
+    folder: &Path,
+    below: &str,
+    files: &mut Vec<String>,
+    listed: &mut HashSet<PathBuf>,
+) -> Result<()> {
+    let context = || format!("reading {}", folder.display());
+    let entries = std::fs::read_dir(folder).with_context(context)?;
+    ensure!(
+        listed.insert(folder.canonicalize().with_context(context)?),
+        "{}: a link leads to a folder that was listed already; remove the link",
+        folder.display()
+    );
     for entry in entries {
         let entry = entry?;
         let name = entry.file_name();
@@ -267,7 +283,7 @@ fn walk(folder: &Path, below: &str, files: &mut Vec<String>) -> Result<()> {
         };
         let name_below = format!("{below}/{name}");
         if entry.path().is_dir() {
-            walk(&entry.path(), &name_below, files)?;
+            walk(&entry.path(), &name_below, files, listed)?;
         } else if !name.starts_with('.') {
             files.push(name_below);
         }
@@ -278,6 +294,19 @@ fn walk(folder: &Path, below: &str, files: &mut Vec<String>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_to_a_listed_folder_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["no_pe", "pe_present"] {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+            std::fs::write(folder.path().join(name).join("a.jpg"), name).unwrap();
+        }
+        assert_eq!(Source::folders(folder.path()).unwrap().n_slices(), 2);
+        std::os::unix::fs::symlink(folder.path(), folder.path().join("no_pe/b")).unwrap();
+        let error = Source::folders(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("listed already"), "{error}");
+    }
 
     #[test]
     fn a_hexadecimal_word_becomes_a_uid() {

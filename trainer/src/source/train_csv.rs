@@ -22,72 +22,114 @@ pub(super) fn read_train_csv(path: &Path) -> Result<Vec<Unit>> {
     let mut reader = csv::ReaderBuilder::new()
         .buffer_capacity(1 << 20)
         .from_reader(file);
-    let header = reader.headers()?.clone();
-    let column = |name: &str| {
-        header
-            .iter()
-            .position(|found| found.trim().eq_ignore_ascii_case(name))
-            .with_context(|| format!("{} has no column {name}", path.display()))
-    };
-    let study = column("StudyInstanceUID")?;
-    let series = column("SeriesInstanceUID")?;
-    let sop = column("SOPInstanceUID")?;
-    let present = column("pe_present_on_image")?;
-    let label_columns: Vec<usize> = EXAM_LABELS
-        .iter()
-        .map(|name| column(name))
-        .collect::<Result<_>>()?;
-    let mut units: Vec<Unit> = Vec::new();
-    let mut unit_of: HashMap<Box<[u8]>, usize> = HashMap::new();
-    let mut current = None;
+    let context = || format!("reading {}", path.display());
+    let columns = Columns::find(reader.headers().with_context(context)?).with_context(context)?;
+    let mut series = AllSeries::default();
     let mut record = csv::ByteRecord::new();
-    let mut key = Vec::new();
-    while reader.read_byte_record(&mut record)? {
+    while reader.read_byte_record(&mut record).with_context(context)? {
         let line = record.position().map_or(0, csv::Position::line);
-        let place = || format!("{} line {line}", path.display());
-        let field = |index: usize| record.get(index).unwrap_or_default();
-        key.clear();
-        key.extend_from_slice(field(study));
-        key.push(b'/');
-        key.extend_from_slice(field(series));
-        let is_current = current.is_some_and(|index: usize| {
-            let unit: &Unit = &units[index];
-            unit.study.as_bytes() == field(study) && unit.series.as_bytes() == field(series)
-        });
-        let mut labels = Labels::default();
-        for (label, &index) in labels.iter_mut().zip(&label_columns) {
-            *label = flag(field(index)).with_context(place)?;
+        let added = columns.line(&record).and_then(|found| series.add(&found));
+        added.with_context(|| format!("{} line {line}", path.display()))?;
+    }
+    let mut units = series.units;
+    units.iter_mut().for_each(settle_repeats);
+    units.sort_by(|a, b| (&a.study, &a.series).cmp(&(&b.study, &b.series)));
+    Ok(units)
+}
+
+/// Where the columns stand.
+struct Columns {
+    study: usize,
+    series: usize,
+    sop: usize,
+    present: usize,
+    labels: [usize; EXAM_LABELS.len()],
+}
+
+/// One line, its identifiers as they stand in the file.
+struct Line<'a> {
+    study: &'a [u8],
+    series: &'a [u8],
+    sop: &'a [u8],
+    pe_present: bool,
+    labels: Labels,
+}
+
+impl Columns {
+    fn find(header: &csv::StringRecord) -> Result<Self> {
+        let column = |name: &str| {
+            header
+                .iter()
+                .position(|found| found.trim().eq_ignore_ascii_case(name))
+                .with_context(|| format!("it has no column {name}"))
+        };
+        let mut labels = [0; EXAM_LABELS.len()];
+        for (index, name) in labels.iter_mut().zip(EXAM_LABELS) {
+            *index = column(name)?;
         }
-        if !is_current {
-            let next = units.len();
-            let index = *unit_of.entry(key.as_slice().into()).or_insert(next);
-            if index == next {
-                units.push(Unit {
-                    study: name(field(study)).with_context(place)?,
-                    series: name(field(series)).with_context(place)?,
-                    labels: Some(labels),
+        Ok(Self {
+            study: column("StudyInstanceUID")?,
+            series: column("SeriesInstanceUID")?,
+            sop: column("SOPInstanceUID")?,
+            present: column("pe_present_on_image")?,
+            labels,
+        })
+    }
+
+    fn line<'a>(&self, record: &'a csv::ByteRecord) -> Result<Line<'a>> {
+        let field = |index: usize| record.get(index).unwrap_or_default();
+        let mut labels = Labels::default();
+        for ((label, index), column) in labels.iter_mut().zip(self.labels).zip(EXAM_LABELS) {
+            *label = flag(field(index)).with_context(|| format!("column {column}"))?;
+        }
+        Ok(Line {
+            study: field(self.study),
+            series: field(self.series),
+            sop: field(self.sop),
+            pe_present: flag(field(self.present)).context("column pe_present_on_image")?,
+            labels,
+        })
+    }
+}
+
+/// The series as their lines come: mostly those of one series behind each other.
+#[derive(Default)]
+struct AllSeries {
+    units: Vec<Unit>,
+    places: HashMap<Box<[u8]>, usize>,
+    /// Place of the last line's series.
+    last: usize,
+}
+
+impl AllSeries {
+    fn add(&mut self, line: &Line<'_>) -> Result<()> {
+        let is_of_last = self.units.get(self.last).is_some_and(|unit| {
+            unit.study.as_bytes() == line.study && unit.series.as_bytes() == line.series
+        });
+        if !is_of_last {
+            let (next, key) = (self.units.len(), [line.study, b"/", line.series].concat());
+            self.last = *self.places.entry(key.into()).or_insert(next);
+            if self.last == next {
+                self.units.push(Unit {
+                    study: name(line.study)?,
+                    series: name(line.series)?,
+                    labels: Some(line.labels),
                     slices: Vec::new(),
                     left_out: Vec::new(),
                 });
             }
-            current = Some(index);
         }
-        let slice = Listed {
-            name: name(field(sop)).with_context(place)?,
-            pe_present: flag(field(present)).with_context(place)?,
-        };
-        if let Some(index) = current {
-            ensure!(
-                units[index].labels == Some(labels),
-                "{}: the exam's labels contradict those of the series' first line",
-                place()
-            );
-            units[index].slices.push(slice);
-        }
+        let unit = &mut self.units[self.last];
+        ensure!(
+            unit.labels == Some(line.labels),
+            "the exam's labels contradict those of the series' first line"
+        );
+        unit.slices.push(Listed {
+            name: name(line.sop)?,
+            pe_present: line.pe_present,
+        });
+        Ok(())
     }
-    units.iter_mut().for_each(settle_repeats);
-    units.sort_by(|a, b| (&a.study, &a.series).cmp(&(&b.study, &b.series)));
-    Ok(units)
 }
 
 /// A slice that is listed again with the same label counts once; one with both labels not at all. Either is listed with its reason.

@@ -26,7 +26,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use shared::{CHANNELS, SIDE};
+use shared::{CHANNELS, RESEARCH_USE, SIDE};
 
 pub use self::arguments::TrainArgs;
 pub use self::plan::checked;
@@ -34,8 +34,9 @@ use self::plan::{Plan, fingerprint};
 pub use self::processor::{GpuFigures, Precision, Processor};
 use self::run::{Run, Watch};
 use crate::batches::{Augmentation, Batch, Sampling, for_each_batch, read_batch};
-use crate::cache::Cache;
+use crate::cache::{Cache, refuse_as_output};
 use crate::checkpoint::Position;
+use crate::claim::claim;
 use crate::exit::{Exit, fault};
 use crate::features::Features;
 use crate::interrupt;
@@ -44,7 +45,7 @@ use crate::operators::optimiser::Moments;
 use crate::provenance;
 use crate::quantize::WeightBits;
 use crate::ranks::{Place, Ranks};
-use crate::split::{LEAK_WARNING, Split, SplitBy};
+use crate::split::{Split, SplitBy};
 
 /// The publication's batch.
 const DEFAULT_BATCH: usize = 50;
@@ -211,53 +212,59 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     if place.is_some_and(|place| place.rank > 0) {
         return Ok(Exit::Ok.into());
     }
-    let mut stdout = std::io::stdout().lock();
-    if args.json {
-        writeln!(stdout, "{}", serde_json::to_string(&summary)?)?;
-    } else {
-        let RunSummary {
-            model,
-            width,
-            epochs,
-            steps,
-            loss,
-            n_images,
-            images_per_second,
-            ..
-        } = &summary;
-        let loss = loss.map_or_else(|| "no loss yet".into(), |loss| format!("loss {loss:.4}"));
-        let speed = if *n_images > 0 {
-            format!("{images_per_second:.1} images/s")
-        } else {
-            "nothing was left to train".into()
+    let text = if args.json {
+        let told = Told {
+            notice: RESEARCH_USE,
+            leak: args.split.warning(),
+            summary: &summary,
         };
-        writeln!(
-            stdout,
-            "{model} at width {width}: {epochs} epochs, {steps} steps, {loss}, {speed}"
-        )?;
-        if let Some(best) = summary.best_epoch {
-            writeln!(
-                stdout,
-                "early stopping: the weights are those of epoch {best}"
-            )?;
-        }
-        if let (Some(loss), Some(accuracy)) = (summary.val_loss, summary.val_accuracy) {
-            writeln!(stdout, "validation: loss {loss:.4}, accuracy {accuracy:.4}")?;
-        }
-        if args.split == SplitBy::Image {
-            writeln!(stdout, "{LEAK_WARNING}")?;
-        }
-        if summary.is_stopped {
-            writeln!(stdout, "stopped; continue with --resume")?;
-        }
-        writeln!(
-            stdout,
-            "{}: {}",
-            summary.weights.display(),
-            shared::RESEARCH_USE
-        )?;
-    }
+        serde_json::to_string(&told)? + "\n"
+    } else {
+        text(&summary, args.split)
+    };
+    std::io::stdout().write_all(text.as_bytes())?;
     Ok(Exit::Ok.into())
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Told<'a> {
+    notice: &'static str,
+    leak: Option<&'static str>,
+    #[serde(flatten)]
+    summary: &'a RunSummary,
+}
+
+/// The summary in lines.
+fn text(summary: &RunSummary, split: SplitBy) -> String {
+    let loss = summary
+        .loss
+        .map_or_else(|| "no loss yet".into(), |loss| format!("loss {loss:.4}"));
+    let speed = if summary.n_images > 0 {
+        format!("{:.1} images/s", summary.images_per_second)
+    } else {
+        "nothing was left to train".into()
+    };
+    let mut lines = vec![format!(
+        "{} at width {}: {} epochs, {} steps, {loss}, {speed}",
+        summary.model, summary.width, summary.epochs, summary.steps
+    )];
+    if let Some(best) = summary.best_epoch {
+        lines.push(format!(
+            "early stopping: the weights are those of epoch {best}"
+        ));
+    }
+    if let (Some(loss), Some(accuracy)) = (summary.val_loss, summary.val_accuracy) {
+        lines.push(format!(
+            "validation: loss {loss:.4}, accuracy {accuracy:.4}"
+        ));
+    }
+    lines.extend(split.warning().map(str::to_owned));
+    if summary.is_stopped {
+        lines.push("stopped; continue with --resume".to_owned());
+    }
+    lines.push(format!("{}: {RESEARCH_USE}\n", summary.weights.display()));
+    lines.join("\n")
 }
 
 /// Trains into the folder `out`.
@@ -301,7 +308,10 @@ pub fn train_in(
             "--qat trains on one process; fine-tune with it after a run on several",
         ));
     }
+    refuse_as_output(out)?;
     fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+    let is_root = place.is_none_or(|place| place.rank == 0);
+    let _claim = is_root.then(|| claim(out)).transpose()?;
     let plan = Plan::new(options, architecture, cache)?;
     let mut network = Network::new(architecture, options.width, options.seed, &Device::Cpu)?;
     let split = Split {

@@ -48,6 +48,11 @@ pub fn checked(options: &TrainOptions) -> Result<&'static Architecture> {
             architecture.name
         )));
     }
+    if let Some(images @ 0..2) = options.images {
+        return Err(usage(format!(
+            "images {images} is less than one of each class"
+        )));
+    }
     if !(1..=4096).contains(&options.batch) {
         return Err(usage(format!(
             "batch {} is not between 1 and 4096",
@@ -114,6 +119,15 @@ impl Plan {
                 "the training part has {positive} slices with and {negative} without PE; both are needed"
             );
         }
+        let validation = if order.is_some() {
+            Sample::default()
+        } else {
+            part(Part::Val)
+        };
+        ensure!(
+            options.patience.is_none() || !validation.is_empty(),
+            "early stopping (--patience) needs validation slices, of which there are none"
+        );
         #[expect(
             clippy::cast_precision_loss,
             clippy::cast_possible_truncation,
@@ -133,11 +147,7 @@ impl Plan {
             } else {
                 options.epochs.unwrap_or(architecture.epochs)
             },
-            validation: if order.is_some() {
-                Sample::default()
-            } else {
-                part(Part::Val)
-            },
+            validation,
             weights: if options.class_weights && order.is_none() {
                 [weight(negative), weight(positive)]
             } else {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 #[cfg(not(feature = "cuda"))]
@@ -18,6 +18,7 @@ use super::{BEST_FILE, Diverged, RunSummary, TrainOptions, WEIGHTS_FILE, judge, 
 use crate::batches::{augment, for_each_batch};
 use crate::cache::Cache;
 use crate::checkpoint::{self, Fingerprint, Position, write_atomically};
+use crate::exit::{Exit, fault};
 use crate::features::Features;
 #[cfg(feature = "cuda")]
 use crate::gpu::Gpu;
@@ -87,10 +88,13 @@ impl Run<'_> {
         if let Some((moments, position)) = found {
             (self.moments, self.position) = (moments, position);
         } else if self.out.join(checkpoint::FILE_NAME).exists() {
-            bail!(
-                "{} holds a run; continue it with --resume or choose another folder",
-                self.out.display()
-            );
+            return Err(fault(
+                Exit::CannotWrite,
+                format!(
+                    "{} holds a run; continue it with --resume or choose another folder",
+                    self.out.display()
+                ),
+            ));
         }
         let common = format!("{:?} {:?}", self.fingerprint, self.position);
         self.ranks = Ranks::meet(place, &common)?;

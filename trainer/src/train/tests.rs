@@ -11,6 +11,16 @@ use shared::uid::Uid;
 
 /// A cache of `n` images of noise, those with PE a little brighter; two of ten are for validation.
 fn cache(folder: &Path, n: usize) -> Cache {
+    cache_where(folder, n, |_| (), |_| ())
+}
+
+/// The same, with rows and manifest changed.
+fn cache_where(
+    folder: &Path,
+    n: usize,
+    change_row: impl Fn(&mut Row),
+    change_manifest: impl Fn(&mut CacheManifest),
+) -> Cache {
     let mut random = Random::new(9, 0);
     let (mut tensors, mut rows) = (Vec::new(), Vec::new());
     for index in 0..n {
@@ -35,8 +45,9 @@ fn cache(folder: &Path, n: usize) -> Cache {
             spacing_mm: None,
         });
     }
+    rows.iter_mut().for_each(change_row);
     let index = to_csv(&rows).unwrap();
-    let manifest = CacheManifest {
+    let mut manifest = CacheManifest {
         format_version: FORMAT_VERSION,
         preprocess: shared::spec::PreprocessSpec::default(),
         kind: DataKind::Phantom,
@@ -48,6 +59,7 @@ fn cache(folder: &Path, n: usize) -> Cache {
         index_digest: blake3::hash(&index).to_hex().to_string(),
         left_out: Vec::new(),
     };
+    change_manifest(&mut manifest);
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("tensors.u8"), tensors).unwrap();
     fs::write(folder.join("index.csv"), index).unwrap();
@@ -221,6 +233,50 @@ fn quantization_aware_run_continues_to_the_same_weights() {
 }
 
 #[test]
+fn quantization_aware_run_takes_slices_prepared_as_the_jpeg_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let as_jpeg = |manifest: &mut CacheManifest| {
+        manifest.preprocess.normalisation = shared::spec::Normalisation::SeriesMinmax;
+    };
+    let cache = cache_where(&folder.path().join("cache"), 20, |_| (), as_jpeg);
+    let options = TrainOptions {
+        model: "vanilla".into(),
+        epochs: Some(1),
+        qat_epochs: 1,
+        ..options()
+    };
+    let run = folder.path().join("run");
+    train(&options, &cache, &run).unwrap();
+    assert!(run.join(quantization_aware::FILE_NAME).exists());
+}
+
+#[test]
+fn early_stopping_without_validation_slices_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let train_alone = |row: &mut Row| row.part = Part::Train;
+    let cache = cache_where(&folder.path().join("cache"), 10, train_alone, |_| ());
+    let patient = TrainOptions {
+        patience: Some(1),
+        ..options()
+    };
+    let error = train(&patient, &cache, &folder.path().join("run")).unwrap_err();
+    assert!(error.to_string().contains("--patience"), "{error}");
+}
+
+#[test]
+fn a_cache_is_no_run_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = cache(folder.path(), 10);
+    let before = fs::read(folder.path().join("manifest.json")).unwrap();
+    let error = train(&options(), &cache, folder.path()).unwrap_err();
+    assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
+    assert_eq!(
+        fs::read(folder.path().join("manifest.json")).unwrap(),
+        before
+    );
+}
+
+#[test]
 fn best_weights_from_before_the_quantized_epochs_name_no_ranges() {
     let folder = tempfile::tempdir().unwrap();
     let cache = cache(&folder.path().join("cache"), 20);
@@ -306,9 +362,11 @@ fn sgd_loss_falls_on_separable_images() {
 #[test]
 fn early_stopping_takes_the_best_epoch_and_says_which() {
     let folder = tempfile::tempdir().unwrap();
-    let cache = cache(&folder.path().join("cache"), 20);
-    // So large a rate that the validation loss soon grows.
+    // Labels exchanged in the validation part: what is learnt makes its loss grow.
+    let exchange = |row: &mut Row| row.pe_present ^= row.part == Part::Val;
+    let cache = cache_where(&folder.path().join("cache"), 20, exchange, |_| ());
     let eager = TrainOptions {
+        model: "vanilla".into(),
         epochs: Some(8),
         patience: Some(1),
         learning_rate: Some(0.03),

@@ -8,8 +8,9 @@
 //! The publication's positive class is *no PE*: its column index 0 of the folders `no_pe`, `pe_present`. So its recall is printed here in both
 //! readings: as printed, and as what it is for embolus, the specificity. Here positive always means PE present.
 
+mod table;
+
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,10 +20,12 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use shared::RESEARCH_USE;
 
-use crate::architecture::{self, ARCHITECTURES, Architecture, Family, Published};
+use self::table::table;
+use crate::architecture::{self, ARCHITECTURES, Architecture, Family};
 use crate::backbone::backbone;
 use crate::bootstrap::{Interval, intervals};
-use crate::cache::{Cache, file_digest, write_atomically};
+use crate::cache::{Cache, file_digest, refuse_as_output, write_atomically};
+use crate::claim::claim;
 use crate::evaluate;
 use crate::exit::{Exit, fault};
 use crate::index::Part;
@@ -111,6 +114,8 @@ struct Compared {
 struct Comparison<'a> {
     /// [`RESEARCH_USE`].
     notice: &'static str,
+    /// The leakage warning, where the split was by image.
+    leak: Option<&'static str>,
     rows: Vec<&'a Compared>,
 }
 
@@ -130,7 +135,8 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     }
     let cache = Cache::open(&args.data)?;
     cache.check_digests()?;
-    claim(&args.out, &config(args, &cache))?;
+    take(&args.out, &config(args, &cache))?;
+    let _claim = claim(&args.out)?;
     let stop = crate::interrupt::watch().context("waiting for Ctrl-C")?;
     for system in systems {
         if !is_finished(args, &cache, system, stop)? {
@@ -143,10 +149,11 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     for system in ARCHITECTURES {
         rows.extend(row(&args.out, system)?.map(|row| (system, row)));
     }
-    let text = table(args, &cache, &rows);
+    let text = table(args, &cache.manifest().source, &rows);
     write_atomically(&args.out.join("compare.md"), text.as_bytes())?;
     let json = serde_json::to_string_pretty(&Comparison {
         notice: RESEARCH_USE,
+        leak: args.split.warning(),
         rows: rows.iter().map(|(_, row)| row).collect(),
     })?;
     write_atomically(&args.out.join("compare.json"), json.as_bytes())?;
@@ -182,7 +189,8 @@ fn config(args: &CompareArgs, cache: &Cache) -> Config {
 }
 
 /// Makes the folder one of this comparison, or finds that it is.
-fn claim(out: &Path, config: &Config) -> Result<()> {
+fn take(out: &Path, config: &Config) -> Result<()> {
+    refuse_as_output(out)?;
     let path = out.join(CONFIG_FILE);
     let text = toml::to_string(config)?;
     match std::fs::read_to_string(&path) {
@@ -379,130 +387,9 @@ fn majority(args: &CompareArgs, cache: &Cache) -> BTreeMap<String, Interval> {
     named.collect()
 }
 
-/// The recall of the class that the publication does not call positive, from its accuracy a, recall r and precision p: with n negatives for each
-/// positive, r (1 - p) / p of them are false positives, and a (1 + n) = r + n - r (1 - p) / p. NaN where nothing was called positive.
-fn other_recall(published: &Published) -> f64 {
-    let Published {
-        accuracy,
-        recall,
-        precision,
-        ..
-    } = *published;
-    let n_false = recall * (1.0 - precision) / precision;
-    let n_negative = (accuracy - recall + n_false) / (1.0 - accuracy);
-    1.0 - n_false / n_negative
-}
-
-fn table(args: &CompareArgs, cache: &Cache, rows: &[(&'static Architecture, Compared)]) -> String {
-    let mut text = format!(
-        "# The publication's table with ours beside it\n\n**{RESEARCH_USE}**\n\n{}; width {}, seed {}; test part, balanced sample, probability 0.5 \
-         (row 0: natural prevalence). Positive: embolus present.\n\n",
-        cache.manifest().source,
-        args.width,
-        args.seed
-    );
-    if let Some(warning) = args.split.warning() {
-        _ = writeln!(text, "> {warning}\n");
-    }
-    text.push_str(
-        "| # | system | published accuracy | published recall, as printed | published recall of the other class | published precision, as printed | published F1 | ours: images x epochs | ours: accuracy | ours: sensitivity | ours: specificity | ours: precision | ours: F1 | ours: AUROC | ours: AUROC of studies |\n\
-         |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
-    );
-    for (system, row) in rows {
-        let published = system.published.map_or_else(
-            || ["-"; 5].map(str::to_owned),
-            |found| {
-                let other = other_recall(&found);
-                [
-                    found.accuracy,
-                    found.recall,
-                    other,
-                    found.precision,
-                    found.f1,
-                ]
-                .map(|value| {
-                    if value.is_finite() {
-                        format!("{value:.3}")
-                    } else {
-                        "-".into()
-                    }
-                })
-            },
-        );
-        // Writing to a String does not fail.
-        _ = write!(text, "| {} | {} |", system.row, system.title);
-        for value in published {
-            _ = write!(text, " {value} |");
-        }
-        let trained = row
-            .trained
-            .map(|(images, epochs)| format!("{images} x {epochs}"));
-        _ = write!(text, " {} |", trained.as_deref().unwrap_or("-"));
-        for name in [
-            "accuracy",
-            "sensitivity",
-            "specificity",
-            "precision",
-            "f1",
-            "auroc",
-            "study_auroc",
-        ] {
-            let figure = row
-                .figures
-                .get(name)
-                .map_or_else(|| "-".into(), evaluate::show);
-            _ = write!(text, " {figure} |");
-        }
-        text.push('\n');
-    }
-    for (system, row) in rows {
-        if let Some(reason) = &row.reason {
-            _ = writeln!(text, "\n{}: not trained: {reason}", system.name);
-        }
-    }
-    let mut warned: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (_, row) in rows {
-        for warning in &row.warnings {
-            warned.entry(warning).or_default().push(&row.name);
-        }
-    }
-    for (warning, names) in warned {
-        _ = writeln!(text, "\nWarning, {}: {warning}.", names.join(", "));
-    }
-    if rows
-        .iter()
-        .any(|(system, _)| backbone(system.family, 1.0).is_some())
-    {
-        text.push_str(if args.imagenet.is_some() {
-            "\nThe transfer learners have width 1 and begin with ImageNet's weights."
-        } else {
-            "\nThe transfer learners began with random weights at the width above: nothing was transferred (`--imagenet DIR` gives ImageNet's)."
-        });
-        text.push_str(
-            " The publication says neither their images nor their epochs: 1,000 and 5 here.\n",
-        );
-    }
-    text.push_str(
-        "\nThe published recall in both readings: as printed it is the sensitivity for what the publication calls positive. Its positive is column 0 of \
-         the folders `no_pe`, `pe_present`, so it is *no PE* (inferred from the folder names): read so, the printed recall is the specificity for embolus, to be compared \
-         with our specificity, and the recall of the other class, which follows from the printed figures to about 0.01, with our sensitivity. For the final model the \
-         confusion matrix 2207 / 283 / 137 / 2373 then gives a sensitivity for embolus of 2207/2490 = 0.886 and a specificity of 0.945. The publication split by image: slices of one patient stood on both sides.\n",
-    );
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn recall_of_the_other_class_follows_from_the_printed_figures() {
-        let published = |name| architecture::find(name).unwrap().published.unwrap();
-        // Of the confusion matrix 2207 / 283 / 137 / 2373.
-        let found = other_recall(&published("final"));
-        assert!((found - 2207.0 / 2490.0).abs() < 0.005, "{found}");
-        assert!(other_recall(&published("baseline")).is_nan());
-    }
 
     fn args(folder: &Path, models: &[&str]) -> CompareArgs {
         CompareArgs {
@@ -573,19 +460,19 @@ mod tests {
         };
         let path = out.join(CONFIG_FILE);
         std::fs::write(&path, [0xff]).unwrap();
-        let error = claim(out, &config).unwrap_err();
+        let error = take(out, &config).unwrap_err();
         assert!(format!("{error:#}").contains("reading "), "{error:#}");
         assert_eq!(std::fs::read(&path).unwrap(), [0xff]);
         std::fs::remove_file(&path).unwrap();
         let row = out.join("vanilla");
         std::fs::create_dir(&row).unwrap();
         std::fs::write(row.join(RESULT_FILE), "{}").unwrap();
-        let error = claim(out, &config).unwrap_err();
+        let error = take(out, &config).unwrap_err();
         assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
         assert!(!path.exists());
         std::fs::remove_file(row.join(RESULT_FILE)).unwrap();
-        claim(out, &config).unwrap();
-        claim(out, &config).unwrap();
+        take(out, &config).unwrap();
+        take(out, &config).unwrap();
     }
 
     #[test]
