@@ -6,6 +6,9 @@
 //! The bootstrap cannot know what it never saw: one study drawn again and again gives an interval of no width. So a figure that rests on one
 //! study has no interval, and where all n studies agree a share of trials has the exact bound of n trials without a failure. For other figures there
 //! is no such bound: at 0 or 1 in every draw their interval is unknown.
+//!
+//! The calibration error is a sum of absolute values, which noise makes greater: a draw, which adds the noise once more, has a greater one than the
+//! data on average, so that percentiles of the draws can all lie above the figure. [`ECE_NOTE`] says so beside it.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -18,6 +21,9 @@ pub const RESAMPLES: u64 = 1000;
 const MIN_STUDIES: usize = 2;
 /// What a 95 % interval leaves out on either side.
 const TAIL: f64 = 0.025;
+/// What is to be said beside the calibration error.
+pub const ECE_NOTE: &str = "The calibration error (`ece`) is made greater by chance, the more so the fewer slices there are, in the data and once more in each draw of \
+the bootstrap: its interval can lie above it.";
 /// The figures that are shares of trials.
 const SHARES: [&str; 4] = ["sensitivity", "specificity", "precision", "accuracy"];
 

@@ -13,7 +13,7 @@ const WIDTH: f64 = 420.0;
 const HEIGHT: f64 = 340.0;
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 14.0;
-const TOP: f64 = 14.0;
+const TOP: f64 = 20.0;
 const BOTTOM: f64 = 44.0;
 /// Points of a curve that are drawn at most.
 const MAX_POINTS: usize = 400;
@@ -39,16 +39,20 @@ impl Plane {
             x,
             y,
         };
-        for k in 0..=4 {
-            let share = f64::from(k) / 4.0;
-            let (value_x, value_y) = (x.0 + share * (x.1 - x.0), y.0 + share * (y.1 - y.0));
-            let (px, py) = plane.place((value_x, value_y));
-            let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
-            plane.push(&format!("<path d=\"M{LEFT} {py:.1}H{right}M{px:.1} {TOP}V{bottom}\" stroke=\"{FAINT}\" fill=\"none\"/>"));
-            let (tick_x, tick_y) = (tick(value_x, x), tick(value_y, y));
-            plane.push(&format!("<text x=\"{px:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"{INK}\">{tick_x}</text>", bottom + 16.0));
+        let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
+        for (value, tick) in ticks(x) {
+            let (px, _) = plane.place((value, y.0));
             plane.push(&format!(
-                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"{INK}\">{tick_y}</text>",
+                "<path d=\"M{px:.1} {TOP}V{bottom}\" stroke=\"{FAINT}\" fill=\"none\"/>\
+                 <text x=\"{px:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"{INK}\">{tick}</text>",
+                bottom + 16.0
+            ));
+        }
+        for (value, tick) in ticks(y) {
+            let (_, py) = plane.place((x.0, value));
+            plane.push(&format!(
+                "<path d=\"M{LEFT} {py:.1}H{right}\" stroke=\"{FAINT}\" fill=\"none\"/>\
+                 <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"{INK}\">{tick}</text>",
                 LEFT - 6.0,
                 py + 4.0
             ));
@@ -102,7 +106,7 @@ impl Plane {
     fn legend(&mut self, names: &[&str]) {
         for (index, (name, colour)) in names.iter().zip(COLOURS).enumerate() {
             let y = HEIGHT - BOTTOM - 12.0 - 18.0 * (names.len() - 1 - index) as f64;
-            let x = WIDTH - RIGHT - 176.0;
+            let x = WIDTH - RIGHT - 190.0;
             self.push(&format!("<rect x=\"{x}\" y=\"{}\" width=\"14\" height=\"4\" rx=\"2\" fill=\"{colour}\"/><text x=\"{}\" y=\"{y}\" fill=\"{INK}\">{name}</text>", y - 6.0, x + 20.0));
         }
     }
@@ -113,25 +117,52 @@ impl Plane {
     }
 }
 
-fn tick(value: f64, (low, high): (f64, f64)) -> String {
-    if high - low >= 20.0 {
-        format!("{value:.0}")
-    } else if high - low > 3.0 {
-        format!("{value:.1}")
-    } else {
-        format!("{value:.2}")
-    }
+/// About five round numbers between `low` and `high`, and their texts.
+fn ticks((low, high): (f64, f64)) -> Vec<(f64, String)> {
+    let about = if high > low { (high - low) / 4.0 } else { 1.0 };
+    let power = 10.0_f64.powf(about.log10().floor());
+    let steps = [1.0, 2.0, 2.5, 5.0, 10.0].map(|step| step * power);
+    let far = |step: &f64| (step / about).ln().abs();
+    let step = steps
+        .into_iter()
+        .min_by(|a, b| far(a).total_cmp(&far(b)))
+        .unwrap_or(about);
+    // As many digits as tell one tick from the next.
+    let is_exact = |digits: &usize| {
+        let scaled = step * 10.0_f64.powf(*digits as f64);
+        (scaled - scaled.round()).abs() < 1e-6
+    };
+    let digits = (0..9).find(is_exact).unwrap_or(9);
+    let first = (low / step - 1e-9).ceil();
+    (0..12_u8)
+        .map(|k| (first + f64::from(k)) * step)
+        .take_while(|value| *value <= high + step * 1e-9)
+        .map(|value| (value, format!("{:.digits$}", value + 0.0)))
+        .collect()
 }
 
-/// All plots of an evaluation: file name and SVG.
+/// All plots of an evaluation: file name and SVG, which says of itself what the report's page says above them.
 #[must_use]
-pub fn all(evaluation: &Evaluation) -> Vec<(&'static str, String)> {
-    vec![
+pub fn all(evaluation: &Evaluation) -> [(&'static str, String); 4] {
+    [
         ("roc.svg", roc(evaluation)),
         ("precision-recall.svg", precision_recall(evaluation)),
         ("reliability.svg", reliability(evaluation)),
         ("study-scores.svg", study_scores(evaluation)),
     ]
+    .map(|(name, svg)| (name, marked(svg, evaluation.leak)))
+}
+
+/// With the leak written across it.
+fn marked(svg: String, leak: Option<&str>) -> String {
+    let Some(leak) = leak else { return svg };
+    let leak = escaped(leak.split(':').next().unwrap_or(leak));
+    let mark = format!(
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" font-weight=\"700\" fill=\"var(--warn,#b91c1c)\">{leak}: LEAKS</text></svg>",
+        (LEFT + WIDTH - RIGHT) / 2.0,
+        TOP + 20.0
+    );
+    svg.replace("</svg>", &mark)
 }
 
 const UNIT: (f64, f64) = (0.0, 1.0);
@@ -367,6 +398,35 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        let texts = |low, high| -> Vec<String> {
+            ticks((low, high))
+                .into_iter()
+                .map(|(_, text)| text)
+                .collect()
+        };
+        assert_eq!(texts(0.0, 1.0), ["0.00", "0.25", "0.50", "0.75", "1.00"]);
+        assert_eq!(texts(0.0, 3435.0), ["0", "1000", "2000", "3000"]);
+        assert_eq!(texts(-1.9, 6.4), ["0", "2", "4", "6"]);
+        assert_eq!(
+            texts(-0.0004, 0.0004),
+            ["-0.0004", "-0.0002", "0.0000", "0.0002", "0.0004"]
+        );
+        assert_eq!(texts(2.0, 2.0), ["2"]);
+    }
+
+    #[test]
+    fn a_leak_is_written_across_the_plot() {
+        let svg = Plane::new("ROC", "x", "y", UNIT, UNIT).finish();
+        assert_eq!(marked(svg.clone(), None), svg);
+        let marked = marked(svg, Some(crate::split::LEAK_WARNING));
+        assert!(
+            marked.ends_with(">SPLIT BY IMAGE: LEAKS</text></svg>"),
+            "{marked}"
+        );
+    }
 
     #[test]
     fn every_plane_carries_the_notice() {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use shared::{RESEARCH_USE, SIDE};
 
+use crate::bootstrap::ECE_NOTE;
 use crate::cache::Cache;
 use crate::evaluate::{Evaluation, Figures, Miss, RsnaLoss, show};
 use crate::metrics::NAMES;
@@ -39,6 +40,9 @@ figure{margin:0}figcaption{font-size:12px;color:var(--soft);margin-top:4px;overf
 .scroll{overflow-x:auto}code{font-size:12px;overflow-wrap:anywhere}
 @media(max-width:700px){.misses{grid-template-columns:repeat(2,1fr)}}";
 
+/// How many times the share of emboli the mean probability may be before the page says why.
+const SHIFTED: f64 = 1.5;
+
 /// The page. `run` is the folder whose training curves are shown where it has some.
 ///
 /// # Errors
@@ -66,7 +70,7 @@ pub fn page(evaluation: &Evaluation, cache: &Cache, run: &Path) -> Result<String
                 div class="plots" {
                     (card("ROC", "Dots: the frozen operating points.", &plots::roc(evaluation)))
                     (card("Precision and recall of slices", "Dashed: the prevalence.", &plots::precision_recall(evaluation)))
-                    (card("Reliability", "After temperature scaling; a dot's area is its share of the slices.", &plots::reliability(evaluation)))
+                    (card("Reliability", &reliability_note(evaluation), &plots::reliability(evaluation)))
                     (card("Study scores", "Dashed: the study threshold, chosen on the validation part.", &plots::study_scores(evaluation)))
                     @if let Some(training) = &training {
                         (card("Training", "Loss by step and, after each epoch, on the validation part.", training))
@@ -77,7 +81,7 @@ pub fn page(evaluation: &Evaluation, cache: &Cache, run: &Path) -> Result<String
                     }
                 }
                 h2 { "Figures" }
-                p class="soft" { "Value and 95 % interval (bootstrap over studies, 1000 draws, seed " (evaluation.seed) "). Positive means embolus present." }
+                p class="soft" { "Value and 95 % interval (bootstrap over studies, 1000 draws, seed " (evaluation.seed) "). Positive means embolus present. " (ECE_NOTE.replace('`', "")) }
                 (figures(evaluation))
                 h2 { "Operating points" }
                 p class="soft" { "Chosen on the validation part for a target sensitivity, then frozen. The first decides." }
@@ -159,6 +163,21 @@ fn card(title: &str, note: &str, svg: &str) -> Markup {
     }
 }
 
+/// What the reliability diagram shows, and why the curve lies where it does when training saw another share of emboli than there is.
+fn reliability_note(evaluation: &Evaluation) -> String {
+    let bins = &evaluation.curves.reliability;
+    let sum = |of: &dyn Fn(&(f64, f64, f64)) -> f64| bins.iter().map(of).sum::<f64>();
+    let n = sum(&|bin| bin.2);
+    let (predicted, found) = (sum(&|bin| bin.0 * bin.2) / n, sum(&|bin| bin.1 * bin.2) / n);
+    let mut note = format!(
+        "After temperature scaling; a dot's area is its share of the slices. On average {predicted:.2} is predicted and {found:.2} have an embolus."
+    );
+    if predicted > SHIFTED * found {
+        note.push_str(" Training on as many slices with as without embolus makes all too high, which a temperature cannot take back.");
+    }
+    note
+}
+
 fn matrix(figures: &Figures) -> Markup {
     let counts = figures.confusion;
     html! {
@@ -188,8 +207,7 @@ fn figures(evaluation: &Evaluation) -> Markup {
             tr { td { "threshold" } @for (_, figures) in columns { td { (format!("{:.3}", figures.threshold)) } } }
         } }
         p class="soft" {
-            "Slices called positive in a study without embolus: " (format!("{:.2}", evaluation.false_positive_slices_per_negative_study))
-            " on average. Study rule: mean of the " (evaluation.study_rule.top_slices) " highest logits after smoothing over "
+            (evaluation.false_positives_sentence()) " Study rule: mean of the " (evaluation.study_rule.top_slices) " highest logits after smoothing over "
             (evaluation.study_rule.smoothing_slices) " slices. Temperature " (format!("{:.3}", evaluation.temperature)) "."
         }
     }

@@ -28,6 +28,17 @@ pub struct Split {
     pub seed: u64,
 }
 
+impl Split {
+    /// The split in words, of a cache's slices.
+    #[must_use]
+    pub fn in_words(&self, cache: &Cache) -> String {
+        match self.by {
+            SplitBy::Study => cache.manifest().split.clone(),
+            SplitBy::Image => format!("by image, seed {}: LEAKS", self.seed),
+        }
+    }
+}
+
 impl SplitBy {
     /// [`LEAK_WARNING`] where it applies.
     #[must_use]

@@ -1,7 +1,7 @@
 //! What is chosen on the validation part and then frozen: operating points, temperature, study rule. A model file that holds them keeps its own,
 //! for they are what the board decides by.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result};
 use shared::manifest::{Manifest, OperatingPoint};
@@ -110,14 +110,8 @@ pub(super) fn study_scores<'a>(
     rule: &StudyRule,
 ) -> BTreeMap<&'a str, Sample> {
     let mut studies: BTreeMap<&str, Sample> = BTreeMap::new();
-    let pairs: Vec<(usize, f32)> = judged
-        .rows
-        .iter()
-        .copied()
-        .zip(judged.logits.iter().copied())
-        .collect();
     let rows = cache.rows();
-    for series in pairs.chunk_by(|a, b| rows[a.0].series_uid == rows[b.0].series_uid) {
+    for series in series(cache, judged) {
         let logits: Vec<Option<f32>> = series.iter().map(|(_, logit)| Some(*logit)).collect();
         let Some(score) = study::score(rule, &logits) else {
             continue;
@@ -135,4 +129,62 @@ pub(super) fn study_scores<'a>(
         study.pe_present |= pe_present;
     }
     studies
+}
+
+/// Row and logit of each series' slices in order of z, wherever they lie in the cache: files of two folders lie by their label.
+fn series(cache: &Cache, judged: &Judged) -> Vec<Vec<(usize, f32)>> {
+    let rows = cache.rows();
+    let mut all: Vec<Vec<(usize, f32)>> = Vec::new();
+    let mut places = HashMap::new();
+    for (&row, &logit) in judged.rows.iter().zip(&judged.logits) {
+        let next = all.len();
+        let place = *places
+            .entry((&rows[row].study_uid, &rows[row].series_uid))
+            .or_insert(next);
+        if place == next {
+            all.push(Vec::new());
+        }
+        all[place].push((row, logit));
+    }
+    let z = |(row, _): &(usize, f32)| rows[*row].z_mm.unwrap_or(f64::NEG_INFINITY);
+    for slices in &mut all {
+        slices.sort_by(|a, b| z(a).total_cmp(&z(b)));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Source;
+
+    #[test]
+    fn slices_of_a_series_are_taken_by_height_wherever_they_lie() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Source::phantom(3, 1, 5, 64, false);
+        let spec = shared::spec::PreprocessSpec::default();
+        let path = folder.path().join("cache");
+        crate::prepare::prepare(&source, &spec, 1, None, &path).unwrap();
+        let cache = Cache::open(&path).unwrap();
+        let rule = StudyRule {
+            smoothing_slices: 3,
+            top_slices: 1,
+            logit_threshold: 0.0,
+        };
+        let logits: Vec<f32> = (0..15_u8).map(|row| f32::from(row * 7 % 11)).collect();
+        let scores = |order: Vec<usize>| {
+            let judged = Judged {
+                logits: order.iter().map(|&row| logits[row]).collect(),
+                rows: order,
+            };
+            let scores = study_scores(&cache, &judged, &rule);
+            let score =
+                |(study, sample): (&str, Sample)| (study.to_owned(), sample.logit.to_bits());
+            scores.into_iter().map(score).collect::<Vec<_>>()
+        };
+        let in_order = scores((0..15).collect());
+        // As two folders have them: one label first, then the other.
+        let by_label = (0..15).step_by(2).chain((1..15).step_by(2)).collect();
+        assert_eq!(scores(by_label), in_order);
+    }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use shared::RESEARCH_USE;
 use shared::manifest::{DataKind, Level, Metric, OperatingPoint};
 use shared::study::StudyRule;
 
@@ -158,6 +159,26 @@ pub struct Curves {
 }
 
 impl Evaluation {
+    /// How many slices of a study without embolus are called positive on average.
+    #[must_use]
+    pub fn false_positives_sentence(&self) -> String {
+        let n = self.false_positive_slices_per_negative_study;
+        if n.is_finite() {
+            format!(
+                "At the first operating point {n:.2} slices of a study without embolus are called positive on average."
+            )
+        } else {
+            "No study without embolus was measured, which would show false alarms.".to_owned()
+        }
+    }
+
+    /// What every table that was measured with it says of itself.
+    #[must_use]
+    pub fn notices(&self) -> String {
+        let notices = [Some(RESEARCH_USE), self.leak].into_iter().flatten();
+        notices.collect::<Vec<_>>().join("; ")
+    }
+
     /// The figures as the model file's manifest holds them.
     #[must_use]
     pub fn manifest_metrics(&self) -> Vec<Metric> {

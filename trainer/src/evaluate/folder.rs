@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use shared::RESEARCH_USE;
 use shared::manifest::Manifest;
 use shared::probability::sigmoid;
 
@@ -92,13 +91,13 @@ fn predictions(evaluation: &Evaluation, cache: &Cache) -> String {
     let mut text = String::from(
         "row,study_uid,series_uid,sop_uid,part,pe_present,logit,probability,called_positive,notice\n",
     );
-    let judged = &evaluation.judged;
+    let (judged, notices) = (&evaluation.judged, evaluation.notices());
     for (&number, &logit) in judged.rows.iter().zip(&judged.logits) {
         let row = &cache.rows()[number];
         // Writing to a String does not fail.
         _ = writeln!(
             text,
-            "{number},{},{},{},{},{},{logit},{},{},\"{RESEARCH_USE}\"",
+            "{number},{},{},{},{},{},{logit},{},{},\"{notices}\"",
             row.study_uid,
             row.series_uid,
             row.sop_uid,
@@ -114,11 +113,12 @@ fn predictions(evaluation: &Evaluation, cache: &Cache) -> String {
 /// One line a study, with the score of the study rule.
 fn studies(evaluation: &Evaluation, cache: &Cache) -> String {
     let mut text = String::from("study_uid,pe_present,score,called_positive,notice\n");
+    let notices = evaluation.notices();
     for (study, sample) in study_scores(cache, &evaluation.judged, &evaluation.study_rule) {
         // As above.
         _ = writeln!(
             text,
-            "{study},{},{},{},\"{RESEARCH_USE}\"",
+            "{study},{},{},{},\"{notices}\"",
             u8::from(sample.pe_present),
             sample.logit,
             u8::from(sample.logit >= evaluation.study.threshold)

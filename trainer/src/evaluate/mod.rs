@@ -29,7 +29,7 @@ use self::exams::rsna_loss;
 pub use self::folder::{complete, manifest_of, write_all, write_manifest};
 use self::measure::{false_positives, measure};
 use crate::bootstrap::Interval;
-use crate::cache::Cache;
+use crate::cache::{Cache, refuse_as_output};
 use crate::exit::{Exit, fault};
 use crate::index::Part;
 use crate::metrics::{NAMES, Sample};
@@ -83,13 +83,14 @@ pub struct Judged {
 /// # Errors
 /// Model or cache cannot be read; a part is empty or has one outcome alone.
 pub fn run(args: &EvaluateArgs) -> Result<ExitCode> {
+    // The training curves lie beside the model, wherever the report goes.
+    let run = args.model.parent().unwrap_or(Path::new("."));
+    let out = args.out.as_deref().unwrap_or(run);
+    refuse_as_output(out)?;
     let cache = Cache::open(&args.data)?;
     let mut predictor = Predictor::open(&args.model)?;
     let split = provenance::split(predictor.provenance(), args.split, args.seed)?;
     let evaluation = evaluate(&mut predictor, &cache, args.part, split, args.seed)?;
-    // The training curves lie beside the model, wherever the report goes.
-    let run = args.model.parent().unwrap_or(Path::new("."));
-    let out = args.out.as_deref().unwrap_or(run);
     let manifest = match predictor.manifest() {
         Some(manifest) => manifest.clone(),
         None => manifest_of(&args.model, &evaluation, &cache)?,
@@ -186,21 +187,8 @@ pub fn evaluate(
     } else {
         judge(predictor, cache, rows_of(part))?
     };
-    for (judged, name) in [(&validation, "val"), (&measured, part.name())] {
-        let n_positive = judged
-            .rows
-            .iter()
-            .filter(|&&row| cache.rows()[row].pe_present)
-            .count();
-        if n_positive == 0 || n_positive == judged.rows.len() {
-            return Err(fault(
-                Exit::BadData,
-                format!(
-                    "part {name} has {n_positive} positive slices of {}; both kinds are needed",
-                    judged.rows.len()
-                ),
-            ));
-        }
+    for (judged, part) in [(&validation, Part::Val), (&measured, part)] {
+        needs_both_kinds(cache, judged, part)?;
     }
     let manifest = predictor.manifest();
     let chosen = match manifest.and_then(|manifest| frozen(manifest, cache, &validation)) {
@@ -226,10 +214,7 @@ pub fn evaluate(
         data_digest: cache.digest(),
         data_kind: cache.manifest().kind,
         data_source: cache.manifest().source.clone(),
-        data_split: match split.by {
-            split::SplitBy::Study => cache.manifest().split.clone(),
-            split::SplitBy::Image => format!("by image, seed {}: LEAKS", split.seed),
-        },
+        data_split: split.in_words(cache),
         split,
         seed,
         trainer: env!("CARGO_PKG_VERSION"),
@@ -256,10 +241,31 @@ pub fn evaluate(
     })
 }
 
+/// Thresholds and areas under curves are of slices with and without embolus.
+fn needs_both_kinds(cache: &Cache, judged: &Judged, part: Part) -> Result<()> {
+    let rows = judged.rows.iter().map(|&row| &cache.rows()[row]);
+    let (n_positive, n) = (rows.filter(|row| row.pe_present).count(), judged.rows.len());
+    if n_positive == 0 || n_positive == n {
+        return Err(fault(
+            Exit::BadData,
+            format!(
+                "part {} has {n_positive} positive slices of {n}; both kinds are needed: prepare more studies, or with another --seed, which draws the parts",
+                part.name()
+            ),
+        ));
+    }
+    Ok(())
+}
+
 fn judge(predictor: &mut Predictor, cache: &Cache, rows: Vec<usize>) -> Result<Judged> {
     let logits = predictor.logits(cache, &rows)?;
     let n_bad = logits.iter().filter(|logit| !logit.is_finite()).count();
-    ensure!(n_bad == 0, "{n_bad} logits are not finite");
+    ensure!(
+        n_bad == 0,
+        "{}: {n_bad} of {} logits are not finite; its weights are too large, train anew with a smaller learning rate",
+        predictor.name(),
+        logits.len()
+    );
     Ok(Judged { rows, logits })
 }
 
@@ -373,6 +379,45 @@ mod tests {
             "{card}"
         );
     }
+
+    #[test]
+    fn a_card_tells_what_was_trained_on_from_what_was_measured_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, mut model) = prepared(folder.path(), |manifest| {
+            manifest.training_data.kind = DataKind::Rsna;
+            manifest.training_data.n_slices = 77;
+        });
+        let found = evaluate(&mut model, &cache, Part::Test, BY_STUDY, 0).unwrap();
+        let card = model_card::text(&found, model.manifest().unwrap());
+        assert!(
+            card.contains("Trained on the RSNA data set: 0 studies, 77 slices"),
+            "{card}"
+        );
+        assert!(card.contains("**Measured on synthetic data.**"), "{card}");
+        assert!(!card.contains("Trained on synthetic"), "{card}");
+    }
+
+    #[test]
+    fn a_leak_is_told_in_every_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cache, mut model) = prepared(folder.path(), |_| ());
+        let by_image = Split {
+            by: split::SplitBy::Image,
+            seed: 4,
+        };
+        let found = evaluate(&mut model, &cache, Part::Test, by_image, 0).unwrap();
+        let out = folder.path().join("out");
+        write_all(&found, &cache, model.manifest().unwrap(), &out, &out).unwrap();
+        let mut n_files = 0;
+        for entry in std::fs::read_dir(&out).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(text.contains("SPLIT BY IMAGE"), "{}", path.display());
+            n_files += 1;
+        }
+        assert_eq!(n_files, 9);
+    }
+
     #[test]
     fn training_data_is_what_the_weights_say_not_what_they_are_measured_on() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,9 +1,12 @@
 //! Both files on the same slices: figures and their change, with paired intervals.
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 
 use crate::bootstrap::{self, Interval, RESAMPLES};
-use crate::metrics::{Measures, NAMES, Sorted};
+use crate::cache::Cache;
+use crate::metrics::{Measures, NAMES, Sample, Sorted};
 
 use super::Pair;
 
@@ -16,7 +19,53 @@ pub(super) struct Both {
     pub(super) n_studies: usize,
 }
 
+/// How far the logits of both files are apart.
+pub(super) struct Distance {
+    /// Share of slices on which both decide alike.
+    pub(super) agreement: f64,
+    pub(super) largest: f64,
+    pub(super) rmse: f64,
+}
+
+impl Distance {
+    pub(super) fn between(float: &[f32], int8: &[f32], threshold: f32) -> Self {
+        let n = float.len() as f64;
+        let pairs = || float.iter().zip(int8);
+        let changes = || pairs().map(|(float, int8)| (f64::from(*float) - f64::from(*int8)).abs());
+        let alike = pairs().filter(|(float, int8)| (**float >= threshold) == (**int8 >= threshold));
+        Self {
+            agreement: alike.count() as f64 / n,
+            largest: changes().fold(0.0, f64::max),
+            rmse: (changes().map(|change| change * change).sum::<f64>() / n).sqrt(),
+        }
+    }
+}
+
 impl Both {
+    /// Slices `rows` of `cache` with their logits from both files.
+    pub(super) fn new(cache: &Cache, rows: &[usize], float: &[f32], int8: &[f32]) -> Self {
+        let mut numbers = BTreeMap::new();
+        let of_row = |&row: &usize| {
+            let next = numbers.len();
+            *numbers.entry(&cache.rows()[row].study_uid).or_insert(next)
+        };
+        let studies: Vec<usize> = rows.iter().map(of_row).collect();
+        let samples = |logits: &[f32]| {
+            let of_slice = rows.iter().zip(logits).zip(&studies);
+            let samples = of_slice.map(|((&row, &logit), &study)| Sample {
+                logit,
+                pe_present: cache.rows()[row].pe_present,
+                study,
+            });
+            Sorted::new(samples.collect())
+        };
+        Self {
+            float: samples(float),
+            int8: samples(int8),
+            n_studies: numbers.len(),
+        }
+    }
+
     /// AUROC, sensitivity and specificity at `threshold`; the intervals resample studies, the same ones for both files. A figure that
     /// rests on one study has no interval.
     pub(super) fn compare(&self, threshold: f32) -> [Pair; 3] {
@@ -60,7 +109,6 @@ impl Both {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::Sample;
 
     /// Slices of study, label and logit.
     fn both(float: &[(usize, bool, f32)], int8: &[(usize, bool, f32)]) -> Both {

@@ -13,8 +13,6 @@ mod gate;
 mod noise;
 mod plot;
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context as _, ensure};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -23,14 +21,13 @@ use shared::manifest::{METADATA_KEY, Manifest, Precision};
 use crate::cache::Cache;
 use crate::execute::FloatGraph;
 use crate::index::Part;
-use crate::metrics::{Sample, Sorted};
 use crate::onnx::{self, ModelProto};
 use crate::quantize::{EQUALISED, FLOAT_FILE};
 use crate::temperature::{self, temperature};
 use crate::{provenance, split};
 
 pub use command::{VerifyArgs, run, text};
-use compare::Both;
+use compare::{Both, Distance};
 pub use deploy::deployable;
 pub use gate::Margins;
 use noise::noise;
@@ -160,23 +157,7 @@ pub fn verify(
     let float_logits = float_logits(&float_model, &images)?;
     drop(float_model);
     let int8_logits = int8_logits(int8, &images)?;
-    let studies = studies(cache, &rows);
-    let samples = |logits: &[f32]| {
-        let rows = rows.iter().zip(logits).zip(&studies);
-        Sorted::new(
-            rows.map(|((&row, &logit), &study)| Sample {
-                logit,
-                pe_present: cache.rows()[row].pe_present,
-                study,
-            })
-            .collect(),
-        )
-    };
-    let both = Both {
-        float: samples(&float_logits),
-        int8: samples(&int8_logits),
-        n_studies: studies.iter().max().map_or(0, |last| last + 1),
-    };
+    let both = Both::new(cache, &rows, &float_logits, &int8_logits);
     let point = manifest.operating_points.first();
     let threshold = point.map_or(0.0, |point| point.logit_threshold);
     let [auroc, sensitivity, specificity] = both.compare(threshold);
@@ -186,17 +167,7 @@ pub fn verify(
         sensitivity,
         specificity,
     });
-    let changes = || {
-        float_logits
-            .iter()
-            .zip(&int8_logits)
-            .map(|(float, int8)| (f64::from(*float) - f64::from(*int8)).abs())
-    };
-    let n_alike = float_logits
-        .iter()
-        .zip(&int8_logits)
-        .filter(|(float, int8)| (**float >= threshold) == (**int8 >= threshold))
-        .count();
+    let distance = Distance::between(&float_logits, &int8_logits, threshold);
     let int8_temperature = temperature(both.int8.samples());
     let leak = split.by.warning().map(str::to_owned);
     let warnings = leak.into_iter();
@@ -214,10 +185,9 @@ pub fn verify(
         auroc,
         faults: gate::faults(operating_point.as_ref(), margins),
         operating_point,
-        agreement: n_alike as f64 / rows.len() as f64,
-        max_logit_change: changes().fold(0.0, f64::max),
-        logit_rmse: (changes().map(|change| change * change).sum::<f64>() / rows.len() as f64)
-            .sqrt(),
+        agreement: distance.agreement,
+        max_logit_change: distance.largest,
+        logit_rmse: distance.rmse,
         tensors,
         n_noise_slices: n_noise_slices.min(rows.len()),
         float_temperature: temperature(both.float.samples()),
@@ -278,16 +248,6 @@ fn int8_logits(int8: &[u8], images: &[&[u8]]) -> anyhow::Result<Vec<f32>> {
         session.logits(image, logit)?;
     }
     Ok(logits)
-}
-
-/// For each row a number of its study, counted from 0 in order of appearance.
-fn studies(cache: &Cache, rows: &[usize]) -> Vec<usize> {
-    let mut numbers = BTreeMap::new();
-    let of_row = |&row: &usize| {
-        let next = numbers.len();
-        *numbers.entry(&cache.rows()[row].study_uid).or_insert(next)
-    };
-    rows.iter().map(of_row).collect()
 }
 
 #[cfg(test)]
