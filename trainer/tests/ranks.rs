@@ -120,7 +120,7 @@ fn a_run_that_lost_a_rank_says_so_and_goes_on_with_another_number() {
     let cache = prepared(folder.path(), "16");
     let [whole, broken] =
         ["whole", "broken"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
-    let epochs = "20";
+    let epochs = "10";
     done(trainer(&arguments(&cache, epochs, &whole)));
     let mut resumed = arguments(&cache, epochs, &broken);
     let is_lost = (0..TRIALS).any(|_| is_broken(&resumed, &broken));

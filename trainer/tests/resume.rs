@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use program::{PATIENCE, TRIALS, done, prepared, trainer};
 
-const EPOCHS: &str = "20";
+const EPOCHS: &str = "10";
 
 /// Adam, a schedule, augmentation, class weights: all that a run carries from step to step.
 fn arguments<'a>(cache: &'a str, out: &'a str) -> Vec<&'a str> {
