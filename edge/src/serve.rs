@@ -200,9 +200,11 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     operate::systemd::ready(&format!("listening on {dicom_address}"));
     tracing::info!(%dicom_address, ae_title = %node.config.borrow().ae_title, "listening");
     let watching = operate::watch::start(&node);
-    let sending = send::node::start(&node)?;
-    commitment::node::start(&node);
-    let deciding = decide::node::start(&node).await?;
+    let started = start_sending_and_deciding(&node).await;
+    let (sending, deciding) = started.inspect_err(|_| {
+        // What runs by now looks at this alone; the process ends when it has ended.
+        stop.send_replace(true);
+    })?;
     operate::watch::started(&node);
     while let Asked::Reload = signals.next().await {
         operate::systemd::reloading();
@@ -220,6 +222,15 @@ async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
     let counts = node.spool.counts();
     tracing::info!(objects = counts.objects, "stopped");
     Ok(Exit::Ok)
+}
+
+/// Starts what sends results and what makes them.
+async fn start_sending_and_deciding(
+    node: &Arc<NodeState>,
+) -> Result<(JoinHandle<()>, decide::Deciding), Failure> {
+    let sending = send::node::start(node)?;
+    commitment::node::start(node);
+    Ok((sending, decide::node::start(node).await?))
 }
 
 /// Waits for a part to end by itself.

@@ -143,6 +143,31 @@ fn root_leaves_the_state_folder_of_another_user_alone() {
 }
 
 #[test]
+fn a_part_that_cannot_start_ends_the_node_with_its_code() {
+    for fault in [
+        "model = \"absent.onnx\"\n",
+        "[webhook]\nurl = \"http://127.0.0.1:9\"\nsecret_file = \"absent\"\n",
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("edge.toml");
+        let text = "dicom_bind = \"127.0.0.1\"\ndicom_port = 0\nhttp_bind = \"127.0.0.1:0\"\nstate_dir = \"state\"\n";
+        std::fs::write(&config, format!("{text}{fault}")).unwrap();
+        let mut node = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
+            .args(["serve", "--config"])
+            .arg(&config)
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while node.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // One that has ended is not there to be killed.
+        drop(node.kill());
+        assert_eq!(node.wait().unwrap().code(), Some(78), "{fault}");
+    }
+}
+
+#[test]
 fn check_names_every_file_that_cannot_be_used() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("empty"), " \n").unwrap();
