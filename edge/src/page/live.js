@@ -93,21 +93,29 @@
   document.addEventListener("load", (event) => { if (event.target.id === "picture") byId("no-picture").hidden = true; }, true);
   if (byId("picture")?.complete && !byId("picture").naturalWidth) explain(byId("picture"));
 
-  // Fresh content: the same address again, its main part put in place, focus and scroll kept.
+  // Fresh content: the same address again, its main part put in place, focus and scroll kept. What comes while the slider is dragged waits for its end.
+  let shown = byId("main").innerHTML;
   let isFetching = false;
   let isStale = false;
+  let isDragging = false;
   const refresh = async () => {
-    if (isFetching) { isStale = true; return; }
+    if (isFetching || isDragging) { isStale = true; return; }
     isFetching = true;
     isStale = false;
     try {
-      const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+      const address = location.href;
+      const answer = await fetch(address, { headers: { Accept: "text/html" } });
       if (answer.redirected) { location.reload(); return; }
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("main");
-      if (fresh && document.activeElement?.id !== "slider") replace(fresh);
+      if (isDragging || location.href !== address) isStale = true;
+      else if (fresh && fresh.innerHTML !== shown) { shown = fresh.innerHTML; replace(fresh); }
     } catch { /* The connection says so by itself. */ }
     setTimeout(() => { isFetching = false; if (isStale) refresh(); }, 1000);
   };
+  document.addEventListener("pointerdown", (event) => { isDragging = event.target.id === "slider"; });
+  for (const end of ["pointerup", "pointercancel", "change"]) {
+    document.addEventListener(end, () => { isDragging = false; if (isStale) refresh(); });
+  }
   const replace = (fresh) => {
     const before = +(byId("n-positive")?.dataset.count ?? 0);
     const focused = document.activeElement?.id;
@@ -117,7 +125,7 @@
     if (picture && drawn && drawn.src === picture.src) drawn.replaceWith(picture);
     if (focused) byId(focused)?.focus({ preventScroll: true });
     const after = +(byId("n-positive")?.dataset.count ?? 0);
-    if (after > before) byId("announce").textContent = `${after - before} new study with a suspected embolism`;
+    if (after > before) byId("announce").textContent = `${after - before === 1 ? "1 new study" : `${after - before} new studies`} with a suspected embolism`;
     localTimes();
   };
   const live = (isOn) => {
@@ -126,9 +134,9 @@
   };
   localTimes();
   if (byId("main").dataset.place !== "SignIn") {
-    let isFirst = true;
     const events = new EventSource("/events");
-    events.addEventListener("hello", () => { live(true); if (!isFirst) refresh(); isFirst = false; });
+    // Also the first time: something may have changed since the page was made.
+    events.addEventListener("hello", () => { live(true); refresh(); });
     events.addEventListener("changed", refresh);
     events.addEventListener("error", () => live(false));
     if (byId("main").dataset.place === "System") setInterval(refresh, 10000);

@@ -1,11 +1,13 @@
 //! The strip: one bar for each slice of a study, feet to head, as high as its probability. Inline SVG.
 //!
-//! A slice that was not analysed is a hatched bar of full height: it is seen, and never looks like a low probability. Colours are presentation
+//! A slice that was not analysed is a hatched bar of full height: it is seen, and never looks like a low probability. Where nothing is said of the
+//! patient, every analysed slice has the same low bar. Colours are presentation
 //! attributes, because the content security policy allows no inline styles.
 
 use maud::{Markup, html};
 use shared::probability::sigmoid;
 
+use super::words::is_meant;
 use crate::result::StudyResult;
 
 /// Height of the large strip in its own units; a slice is one unit wide.
@@ -18,6 +20,7 @@ const LEAST: f32 = 2.0;
 /// The large strip with the threshold and a mark at `shown`.
 pub(crate) fn large(result: &StudyResult, shown: usize) -> Markup {
     let n_slices = result.slices.len();
+    let is_meant = is_meant(result);
     html! {
         svg.strip id="strip" viewBox=(format!("0 0 {} {HEIGHT}", n_slices.max(1))) preserveAspectRatio="none" role="img" aria-label=(description(result)) {
             defs {
@@ -29,14 +32,14 @@ pub(crate) fn large(result: &StudyResult, shown: usize) -> Markup {
             @for (index, slice) in result.slices.iter().enumerate() {
                 @match slice.logit {
                     Some(logit) => {
-                        @let probability = sigmoid(logit);
+                        @let probability = if is_meant { sigmoid(logit) } else { 0.0 };
                         @let height = (HEIGHT * probability).max(LEAST);
                         rect x=(index) y=(HEIGHT - height) width="0.9" height=(height) fill=(colour(probability)) {}
                     },
                     None => rect x=(index) y="0" width="0.9" height=(HEIGHT) fill="url(#hatch)" {},
                 }
             }
-            @if let Some(threshold) = result.threshold {
+            @if let (Some(threshold), true) = (result.threshold, is_meant) {
                 @let y = HEIGHT * (1.0 - sigmoid(threshold));
                 line x1="0" x2=(n_slices) y1=(y) y2=(y) stroke="#e8eef4" stroke-width="1" stroke-dasharray="4 4" vector-effect="non-scaling-stroke" {}
             }
@@ -49,12 +52,19 @@ pub(crate) fn large(result: &StudyResult, shown: usize) -> Markup {
 pub(crate) fn small(result: &StudyResult) -> Markup {
     let n_slices = result.slices.len();
     let n_bars = n_slices.min(SMALL_BARS);
+    let probability = |logit| {
+        if is_meant(result) {
+            sigmoid(logit)
+        } else {
+            0.0
+        }
+    };
     html! {
         svg.small viewBox=(format!("0 0 {} 20", n_bars.max(1))) preserveAspectRatio="none" aria-hidden="true" focusable="false" {
             @for bar in 0..n_bars {
                 @let part = &result.slices[bar * n_slices / n_bars..(bar + 1) * n_slices / n_bars];
                 @let highest = part.iter().filter_map(|slice| slice.logit).reduce(f32::max);
-                @match highest.map(sigmoid) {
+                @match highest.map(probability) {
                     Some(probability) => {
                         @let height = (20.0 * probability).max(1.0);
                         rect x=(bar) y=(20.0 - height) width="0.85" height=(height) fill=(colour(probability)) {}
@@ -67,6 +77,12 @@ pub(crate) fn small(result: &StudyResult) -> Markup {
 }
 
 fn description(result: &StudyResult) -> String {
+    if !is_meant(result) {
+        return format!(
+            "{} from feet to head, without a statement",
+            super::words::n_slices(result.slices.len())
+        );
+    }
     let highest = result
         .top
         .first()

@@ -7,7 +7,7 @@ use super::layout::moment;
 use super::person::Person;
 use super::picture::Window;
 use super::{strip, words, worklist};
-use crate::result::{Outcome, StudyResult};
+use crate::result::{Outcome, SliceResult, StudyResult};
 
 /// Most reasons that are listed.
 const MAX_REASONS: usize = 20;
@@ -92,9 +92,6 @@ fn picture(result: &StudyResult, view: View, shown: usize) -> Markup {
         view.window.name(),
         view.heatmap
     );
-    let logit = slice
-        .logit
-        .map_or_else(|| "not analysed".into(), words::percent);
     html! {
         figure #slice data-study=(result.study_uid) data-slice=(shown) data-window=(view.window.name()) data-heatmap=(view.heatmap) data-last=(result.slices.len() - 1) {
             p #no-picture.no-picture hidden role="status" {}
@@ -102,14 +99,15 @@ fn picture(result: &StudyResult, view: View, shown: usize) -> Markup {
             figcaption {
                 span { "Slice " strong #slice-number { (shown + 1) } " of " (result.slices.len()) }
                 span #slice-place { @if let Some(z) = slice.z_mm { (format!("z {z:.1} mm")) } }
-                strong #slice-answer { (logit) }
+                strong #slice-answer { (answer(result, slice)) }
             }
         }
     }
 }
 
 fn beside(result: &StudyResult, view: View, shown: usize) -> Markup {
-    let data: Vec<String> = result.slices.iter().map(slice_data).collect();
+    let data = result.slices.iter().map(|slice| slice_data(result, slice));
+    let data: Vec<String> = data.collect();
     html! {
         div.beside {
             div.strip-box {
@@ -140,7 +138,7 @@ fn beside(result: &StudyResult, view: View, shown: usize) -> Markup {
                 ol.top {
                     @for &index in &result.top {
                         @if let Some(logit) = result.slices.get(index).and_then(|slice| slice.logit) {
-                            li { a.go href=(address(result, index, view.window, view.heatmap)) data-slice=(index) { "Slice " (index + 1) span { (words::percent(logit)) } } }
+                            li { a.go id=(format!("highest-{index}")) href=(address(result, index, view.window, view.heatmap)) data-slice=(index) { "Slice " (index + 1) span { (words::percent(logit)) } } }
                         }
                     }
                 }
@@ -150,11 +148,18 @@ fn beside(result: &StudyResult, view: View, shown: usize) -> Markup {
     }
 }
 
+/// A slice's answer in words.
+fn answer(result: &StudyResult, slice: &SliceResult) -> String {
+    match slice.logit {
+        None => "not analysed".into(),
+        Some(_) if !words::is_meant(result) => "no statement".into(),
+        Some(logit) => words::percent(logit),
+    }
+}
+
 /// What the script writes under the picture: `z,answer`.
-fn slice_data(slice: &crate::result::SliceResult) -> String {
-    let answer = slice
-        .logit
-        .map_or_else(|| "not analysed".into(), words::percent);
+fn slice_data(result: &StudyResult, slice: &SliceResult) -> String {
+    let answer = answer(result, slice);
     let place = slice
         .z_mm
         .map_or_else(String::new, |z| format!("z {z:.1} mm"));
@@ -275,6 +280,22 @@ mod tests {
                     .contains("id=\"picture\"")
             );
         }
+    }
+
+    #[test]
+    fn no_number_stands_on_the_page_of_a_patient_of_whom_nothing_is_said() {
+        let positive = example::studies()
+            .into_iter()
+            .find(StudyResult::is_positive);
+        let mut result = positive.unwrap();
+        result.is_phantom = false;
+        result.model.is_demonstration = true;
+        let html = page(&result, View::default(), false).into_string();
+        assert!(
+            html.contains("no statement") && !html.contains(" %"),
+            "{html}"
+        );
+        assert!(!html.contains("stroke-dasharray"), "a threshold");
     }
 
     #[test]
