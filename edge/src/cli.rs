@@ -69,7 +69,8 @@ Examples:
   edge config init > edge.toml              a commented configuration to begin with
   edge serve --config edge.toml
 
-SIGTERM: finish what is being sent, then stop. SIGHUP: read the configuration and the certificates again.";
+SIGTERM: finish what is being sent, then stop.
+SIGHUP: read the configuration and the certificates again.";
 
 /// Arguments of `edge serve` and `edge check`.
 #[derive(Debug, Args)]

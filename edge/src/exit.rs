@@ -12,7 +12,7 @@ Exit codes:
   65  bad data: nothing could be analysed, or the model file cannot be used
   69  a peer is down, or a port or the state folder is in use
   73  cannot write
-  78  configuration: it has faults, the model file cannot be read, or this CPU lacks the kernel asked for";
+  78  configuration: it has faults, names what cannot be read, or asks for what this CPU lacks";
 
 /// How a command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +50,19 @@ pub(crate) struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#}", self.error)
+        f.write_str(&said(&self.error))
     }
+}
+
+/// An error with its causes, from the outermost on. A cause that is quoted by its effect is not said twice.
+pub(crate) fn said(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Gives an error its exit code: `.map_err(failure(Exit::CannotWrite))`.
@@ -59,5 +70,22 @@ pub(crate) fn failure<E: Into<anyhow::Error>>(exit: Exit) -> impl Fn(E) -> Failu
     move |error| Failure {
         exit,
         error: error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("disk: {0}")]
+        struct Quoting(#[from] std::io::Error);
+        let cause = || std::io::Error::other("worn out");
+        let quoted = anyhow::Error::from(Quoting(cause())).context("spool");
+        assert_eq!(said(&quoted), "spool: disk: worn out");
+        let plain = anyhow::Error::from(cause()).context("spool");
+        assert_eq!(said(&plain), "spool: worn out");
     }
 }

@@ -21,7 +21,7 @@ use crate::config::{self, Config, ConfigError};
 use crate::decide::counters::Counters;
 use crate::decide::store::Store;
 use crate::decide::{self, Changed, ModelState};
-use crate::exit::{Exit, Failure, failure};
+use crate::exit::{Exit, Failure, failure, said};
 use crate::intake::spool::{Spool, SpoolError, SpoolLimits};
 use crate::intake::{Intake, Listener, retention, tls, watch_folder};
 use crate::operate::audit::{Audit, Event};
@@ -34,8 +34,6 @@ use crate::{commitment, operate, page, send, vital};
 const RUNTIME_THREADS: usize = 2;
 /// Changes that a listening browser may lag behind; more are told as one.
 const PAGE_CHANGES: usize = 16;
-
-const TOKEN_FILE: &str = "[page] token_file";
 
 /// Changes that a slow watcher may be behind before it misses some.
 const CHANGES: usize = 256;
@@ -103,7 +101,7 @@ pub(crate) fn check(arguments: &ServeArgs, out: &mut impl Write) -> Result<Exit,
     let config = load(arguments.config.as_deref())?;
     let faults = faults_of_files(&config);
     if !faults.is_empty() {
-        let faults: Vec<String> = faults.iter().map(|fault| format!("{fault:#}")).collect();
+        let faults: Vec<String> = faults.iter().map(said).collect();
         let error = anyhow!("{} fault(s)\n  {}", faults.len(), faults.join("\n  "));
         return Err(failure(Exit::Configuration)(error));
     }
@@ -130,7 +128,7 @@ pub(crate) fn config(command: &ConfigCommand, out: &mut impl Write) -> Result<Ex
 fn faults_of_files(config: &Config) -> Vec<anyhow::Error> {
     let tls = config.tls.iter().flat_map(tls::faults);
     let tls = tls.map(|fault| anyhow!(fault).context("[tls]"));
-    let token = page::node::settings(config).map(drop).context(TOKEN_FILE);
+    let token = page::node::settings(config).map(drop);
     let model = config.model.as_ref().map_or(Ok(()), |path| {
         let opened = std::fs::File::open(path).map(drop);
         opened.with_context(|| format!("model {}", path.display()))
@@ -276,9 +274,7 @@ fn dicom_listener(config: &Config) -> Result<(Listener, SocketAddr), Failure> {
 
 /// Binds the page's address, before anything is told to be ready.
 async fn page_listener(config: &Config) -> Result<(TcpListener, page::Settings), Failure> {
-    let settings = page::node::settings(config)
-        .context(TOKEN_FILE)
-        .map_err(failure(Exit::Configuration))?;
+    let settings = page::node::settings(config).map_err(failure(Exit::Configuration))?;
     let listener = TcpListener::bind(config.http_bind)
         .await
         .with_context(|| format!("page on {}", config.http_bind))

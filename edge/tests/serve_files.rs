@@ -191,7 +191,8 @@ fn check_names_every_file_that_cannot_be_used() {
         "ca.crt",
         "watch_folder ",
         "model ",
-        "[page] token_file: the file is empty",
+        "[page] token_file ",
+        "/empty: the file is empty",
         "[webhook] secret_file",
         "[stow] token_file",
     ] {

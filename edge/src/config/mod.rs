@@ -393,6 +393,7 @@ mod tests {
             .lines()
             .filter(|line| !line.starts_with("state_dir") && !line.starts_with("model"))
             .filter(|line| !line.starts_with("watch_folder") && !line.starts_with("threads"))
+            .filter(|line| !line.starts_with("token_file"))
             .map(|line| format!("{line}\n"))
             .collect();
         assert_eq!(parse(&settings), parse(""), "{settings}");
@@ -403,6 +404,8 @@ mod tests {
         let config = parse(&uncomment(INITIAL)).unwrap();
         assert!(config.pacs.is_some() && config.tls.is_some() && config.stow.is_some());
         assert!(config.commitment.is_some());
+        assert!(config.model.is_some() && config.threads.is_some());
+        assert!(config.watch_folder.is_some() && config.page.token_file.is_some());
         let shown = show(&config);
         assert_eq!(parse(&shown), Ok(config), "{shown}");
         for line in shown.lines().filter(|line| line.contains(" = ")) {

@@ -48,7 +48,7 @@ pub(crate) fn run(arguments: &StatusArgs, out: &mut impl Write) -> Result<Exit, 
 /// # Errors
 /// Nothing answers, or something else does.
 pub(crate) fn ask(config: &Config) -> anyhow::Result<Status> {
-    let settings = crate::page::node::settings(config).context("token file of the page")?;
+    let settings = crate::page::node::settings(config)?;
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_global(Some(DEADLINE))
         .http_status_as_error(false)
@@ -101,12 +101,12 @@ fn lines(status: &Status, out: &mut impl Write) -> std::io::Result<()> {
     )?;
     writeln!(
         out,
-        "received   {} objects, {} waiting",
+        "received   {} objects since the start, {} waiting",
         status.received, status.waiting
     )?;
     writeln!(
         out,
-        "slices     {} analysed, {} not analysed",
+        "slices     {} analysed, {} not analysed since the start",
         status.analysed, status.not_analysed
     )?;
     writeln!(

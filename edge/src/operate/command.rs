@@ -41,7 +41,8 @@ Examples:
   edge doctor
   edge doctor --config /etc/pe-edge/edge.toml --json
 
-Run it as the node's user. It may run beside the node. Exit code 0: nothing failed; 1: something did.";
+Run it as the node's user or as root; it may run beside the node.
+Exit code 0: nothing failed; 1: something did.";
 
 const PING_HELP: &str = "\
 Examples:
@@ -54,17 +55,19 @@ Exit code 0: answered; 69: not.";
 const DEMO_HELP: &str = "\
 Examples:
   edge demo                                 starts a node where none runs; Ctrl-C ends it
-  edge demo --slices 60 --not-detected
+  edge demo --slices 24 --without-embolus
 
-The study is synthetic: the phantom with an embolus, or without one.";
+The study is synthetic: the phantom with an embolus, or without one. The demonstration model learnt
+from studies of 24 slices; of larger ones it suspects most, with an embolus or without.";
 
 const INSTALL_HELP: &str = "\
 Examples:
   edge model install pe.onnx --key /etc/pe-edge/model.pub
   edge model install pe.onnx --unsigned
 
-pe.onnx.minisig lies beside the file (minisign -Sm pe.onnx). The model is loaded and passes its self-test in a process of its own before it
-comes into force; restart the node then. Where the new one fails at start or crashes twice, the one before comes back by itself.
+pe.onnx.minisig lies beside the file (minisign -Sm pe.onnx). Before the model comes into force it is
+loaded and passes its self-test in a process of its own; restart the node then. Where it fails at a
+start or crashes twice, the one before comes back by itself.
 Exit code 1: the self-test failed; 65: the signature or the file is not good.";
 
 /// Arguments of `edge status`.
@@ -114,7 +117,7 @@ pub(crate) struct DemoArgs {
     pub(crate) slices: u32,
     /// A study without an embolus.
     #[arg(long)]
-    pub(crate) not_detected: bool,
+    pub(crate) without_embolus: bool,
     /// Which study; each number is another patient.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,

@@ -13,10 +13,12 @@ use shared::phantom::{Finding, StudyPlan, UidRole, dicom_file};
 
 use super::ask;
 use super::command::DemoArgs;
-use super::ping::{PeerAddress, block_on, echo};
+use super::ping::{PeerAddress, block_on, calling_here, echo};
 use crate::config::Config;
 use crate::exit::{Exit, Failure, failure};
 
+/// Our AE title where no peer is listed.
+const CALLING: &str = "EDGEDEMO";
 /// How long the node may take for one object.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// How long a node may take to start.
@@ -50,12 +52,13 @@ pub(crate) fn run(arguments: &DemoArgs, out: &mut impl Write) -> Result<Exit, Fa
     let config = Config::load(arguments.config.config.as_deref());
     let config = config.map_err(failure(Exit::Configuration))?;
     let node = PeerAddress::own_node(&config).map_err(failure(Exit::Configuration))?;
-    let own = if block_on(echo(&node, calling(&config), DEADLINE))?.is_ok() {
+    let calling = calling_here(&config, CALLING).map_err(failure(Exit::Configuration))?;
+    let own = if block_on(echo(&node, calling, DEADLINE))?.is_ok() {
         None
     } else {
-        Some(start(arguments, &config, &node)?)
+        Some(start(arguments, &node, calling)?)
     };
-    let report = send(arguments, &config, &node).map_err(failure(Exit::Unavailable))?;
+    let report = send(arguments, &config, &node, calling).map_err(failure(Exit::Unavailable))?;
     let written = if arguments.output.json {
         let text = serde_json::to_string(&report).map_err(failure(Exit::CannotWrite))?;
         writeln!(out, "{text}")
@@ -80,15 +83,6 @@ pub(crate) fn run(arguments: &DemoArgs, out: &mut impl Write) -> Result<Exit, Fa
     Ok(Exit::Ok)
 }
 
-/// As a listed peer where peers are listed.
-fn calling(config: &Config) -> &str {
-    config
-        .peers
-        .keys()
-        .next()
-        .map_or("EDGEDEMO", String::as_str)
-}
-
 /// A node of our own; it ends when this is dropped.
 struct Own(Child);
 
@@ -100,7 +94,7 @@ impl Drop for Own {
     }
 }
 
-fn start(arguments: &DemoArgs, config: &Config, node: &PeerAddress) -> Result<Own, Failure> {
+fn start(arguments: &DemoArgs, node: &PeerAddress, calling: &str) -> Result<Own, Failure> {
     let unavailable = failure::<anyhow::Error>(Exit::Unavailable);
     let launch = crate::launch::launch()
         .context("starting a node")
@@ -127,7 +121,7 @@ fn start(arguments: &DemoArgs, config: &Config, node: &PeerAddress) -> Result<Ow
                 "the node ended at its start, {status}"
             )));
         }
-        if block_on(echo(node, calling(config), DEADLINE))?.is_ok() {
+        if block_on(echo(node, calling, DEADLINE))?.is_ok() {
             return Ok(own);
         }
         if Instant::now() >= end {
@@ -141,15 +135,15 @@ fn start(arguments: &DemoArgs, config: &Config, node: &PeerAddress) -> Result<Ow
     }
 }
 
-fn send(arguments: &DemoArgs, config: &Config, node: &PeerAddress) -> anyhow::Result<Report> {
-    let finding = if arguments.not_detected {
-        Finding::Negative
-    } else {
-        Finding::Positive
-    };
-    let plan = StudyPlan::with_finding(arguments.seed, 0, arguments.slices, MATRIX, finding);
+fn send(
+    arguments: &DemoArgs,
+    config: &Config,
+    node: &PeerAddress,
+    calling: &str,
+) -> anyhow::Result<Report> {
+    let plan = plan(arguments.seed, arguments.slices, arguments.without_embolus);
     let start = Instant::now();
-    let sent = block_on(store(&plan, node, calling(config)));
+    let sent = block_on(store(&plan, node, calling));
     sent.map_err(|failure| failure.error)??;
     let study_uid = plan.uid(UidRole::Study);
     let address = ask::reachable(config.http_bind);
@@ -157,9 +151,18 @@ fn send(arguments: &DemoArgs, config: &Config, node: &PeerAddress) -> anyhow::Re
         page: format!("http://{address}/studies/{study_uid}"),
         study_uid,
         slices: plan.n_slices(),
-        embolus: !arguments.not_detected,
+        embolus: !arguments.without_embolus,
         seconds: start.elapsed().as_secs_f64(),
     })
+}
+
+/// The study; those of a seed with and without an embolus are two patients.
+fn plan(seed: u64, n_slices: u32, is_without_embolus: bool) -> StudyPlan {
+    let (number, finding) = match is_without_embolus {
+        false => (0, Finding::Positive),
+        true => (1, Finding::Negative),
+    };
+    StudyPlan::with_finding(seed, number, n_slices, MATRIX, finding)
 }
 
 async fn store(plan: &StudyPlan, node: &PeerAddress, calling: &str) -> anyhow::Result<()> {
@@ -191,6 +194,12 @@ fn data_set(file: &[u8]) -> Option<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_study_with_and_one_without_an_embolus_are_two() {
+        let uid = |is_without_embolus| plan(1, 24, is_without_embolus).uid(UidRole::Study);
+        assert_ne!(uid(false), uid(true));
+    }
 
     #[test]
     fn a_data_set_begins_after_the_file_meta_information() {

@@ -1,7 +1,7 @@
 //! `edge doctor`: everything that the node needs, looked at one by one, for the person who was called at night.
 //!
-//! In: the configuration. Out: a line for each check with what was found. Nothing is changed but a file in the state folder that is written, synced
-//! and deleted. It may run beside the node: ports that the node itself holds are asked, not bound.
+//! In: the configuration. Out: a line for each check with what was found. Nothing is changed but that the state folder is made where it is not there, and
+//! that a file in it is written, synced and deleted. It may run beside the node: ports that the node itself holds are asked, not bound.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -13,10 +13,10 @@ use serde::Serialize;
 
 use super::command::DoctorArgs;
 use super::model_store::ModelStore;
-use super::ping::{PeerAddress, block_on, echo};
+use super::ping::{PeerAddress, block_on, calling_here, echo};
 use super::{ask, board};
 use crate::config::Config;
-use crate::exit::{Exit, Failure, failure};
+use crate::exit::{Exit, Failure, failure, said};
 use crate::intake::unix_ms;
 use crate::model::ReadyModel;
 use crate::page::system_view::bytes;
@@ -91,19 +91,23 @@ pub(crate) fn run(arguments: &DoctorArgs, out: &mut impl Write) -> Result<Exit, 
 }
 
 fn examine(config: &Config) -> Vec<Check> {
-    let status = ask::ask(config).ok();
+    let status = ask::ask(config);
     let mut checks = vec![
         match &status {
-            Some(status) if status.state == "ready" => check("node", Found::Good, "running, ready"),
-            Some(status) => check(
+            Ok(status) if status.state == "ready" => check("node", Found::Good, "running, ready"),
+            Ok(status) => check(
                 "node",
                 Found::Bad,
                 format!("running, {}: {}", status.state, status.problems.join(" ")),
             ),
-            None => check(
+            Err(error) => check(
                 "node",
                 Found::Doubtful,
-                "no page answers: not running, or on another address",
+                format!(
+                    "not running, or not reached on http://{}: {}",
+                    ask::reachable(config.http_bind),
+                    said(error)
+                ),
             ),
         },
         clock(
@@ -113,8 +117,8 @@ fn examine(config: &Config) -> Vec<Check> {
         temperature(board::temperature_celsius()),
     ];
     checks.extend(state_folder(config));
-    checks.push(dicom_port(config, status.is_some()));
-    checks.push(page_port(config, status.is_some()));
+    checks.push(dicom_port(config, status.is_ok()));
+    checks.push(page_port(config, status.is_ok()));
     checks.push(model(config));
     checks.push(pacs(config));
     checks
@@ -249,24 +253,29 @@ fn dicom_port(config: &Config, is_running: bool) -> Check {
     if is_running {
         let own = match PeerAddress::own_node(config) {
             Ok(own) => own,
-            Err(error) => return check("DICOM port", Found::Bad, format!("{error:#}")),
+            Err(error) => return check("DICOM port", Found::Bad, said(&error)),
         };
-        let calling = config.peers.keys().next().unwrap_or(&config.ae_title);
+        let calling = match calling_here(config, &config.ae_title) {
+            Ok(calling) => calling,
+            Err(error) => {
+                return check(
+                    "DICOM port",
+                    Found::Doubtful,
+                    format!("{own}: {}", said(&error)),
+                );
+            }
+        };
         return match block_on(echo(&own, calling, PEER_DEADLINE)) {
             Ok(Ok(time)) => check(
                 "DICOM port",
                 Found::Good,
                 format!("{own} answers in {:.1} ms", time.as_secs_f64() * 1e3),
             ),
-            // A list of peers with addresses keeps this machine out, too.
-            Ok(Err(error)) if !config.peers.is_empty() => check(
+            Ok(Err(error)) => check(
                 "DICOM port",
-                Found::Doubtful,
-                format!(
-                    "{own} as {calling}: {error:#}; peers are listed, and this machine may be none"
-                ),
+                Found::Bad,
+                format!("{own} as {calling}: {}", said(&error)),
             ),
-            Ok(Err(error)) => check("DICOM port", Found::Bad, format!("{own}: {error:#}")),
             Err(failure) => check("DICOM port", Found::Bad, failure.to_string()),
         };
     }
@@ -300,6 +309,7 @@ fn model(config: &Config) -> Check {
         Ok(state) => store.path(state.current.as_ref()),
         Err(failure) => return check("model", Found::Bad, failure.to_string()),
     };
+    let is_installed = config.model.is_none() && installed.is_some();
     let path = config.model.clone().or(installed);
     let options = crate::cli::ModelArgs {
         model: None,
@@ -310,8 +320,13 @@ fn model(config: &Config) -> Check {
     .options();
     match ReadyModel::load(path.as_deref(), &options) {
         Ok(ready) => {
+            let self_test = if ready.manifest.self_test.is_empty() {
+                "its file states no self-test"
+            } else {
+                "self-test passed"
+            };
             let said = format!(
-                "{}: self-test passed, loaded in {:.2} s; {}",
+                "{}: {self_test}, loaded in {:.2} s; {}",
                 ready.name,
                 Duration::from_micros(ready.load_micros).as_secs_f64(),
                 ready.notice
@@ -323,11 +338,12 @@ fn model(config: &Config) -> Check {
             };
             check("model", found, said)
         }
-        Err(failure) => check(
+        Err(failure) if is_installed => check(
             "model",
             Found::Bad,
             format!("{failure}; `edge model rollback` brings the one before back"),
         ),
+        Err(failure) => check("model", Found::Bad, failure.to_string()),
     }
 }
 
@@ -341,7 +357,7 @@ fn pacs(config: &Config) -> Check {
     };
     let peer = match PeerAddress::pacs(config, pacs) {
         Ok(peer) => peer,
-        Err(error) => return check("PACS", Found::Bad, format!("{error:#}")),
+        Err(error) => return check("PACS", Found::Bad, said(&error)),
     };
     match block_on(echo(&peer, &config.ae_title, PEER_DEADLINE)) {
         Ok(Ok(time)) => check(
@@ -349,7 +365,7 @@ fn pacs(config: &Config) -> Check {
             Found::Good,
             format!("{peer} answers in {:.1} ms", time.as_secs_f64() * 1e3),
         ),
-        Ok(Err(error)) => check("PACS", Found::Bad, format!("{peer}: {error:#}")),
+        Ok(Err(error)) => check("PACS", Found::Bad, format!("{peer}: {}", said(&error))),
         Err(failure) => check("PACS", Found::Bad, failure.to_string()),
     }
 }

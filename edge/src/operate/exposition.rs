@@ -230,13 +230,13 @@ fn register_status(registry: &mut Registry, status: &Status) {
     );
     gauge(
         "intake_open",
-        "1 while objects are accepted, 0 below the disk watermark",
+        "1 while objects are accepted, 0 for want of room",
         is(status.is_accepting),
     );
     gauge(
         "self_test_passed",
-        "1 where the model gives the bits that its file states",
-        is(status.self_test == "passed"),
+        "1 where the model gives the bits that its file states, or the file states none",
+        is(status.is_model_sound()),
     );
     gauge(
         "demonstration_model",
@@ -347,6 +347,19 @@ mod tests {
     }
 
     #[test]
+    fn a_model_whose_file_states_no_self_test_raises_no_alarm() {
+        let passed = |self_test: &str| {
+            let status = Status {
+                self_test: self_test.into(),
+                ..Status::default()
+            };
+            written(&status, TextForm::Prometheus).contains("\nedge_self_test_passed 1.0\n")
+        };
+        assert!(passed("passed") && passed("absent"));
+        assert!(!passed("self-test: logit bits differ") && !passed(""));
+    }
+
+    #[test]
     fn alert_rules_and_dashboard_name_metrics_that_exist() {
         let status = Status {
             temperature_celsius: Some(50.0),
@@ -435,7 +448,7 @@ mod tests {
             .stderr(Stdio::piped())
             .spawn();
         let Ok(mut promtool) = spawned else {
-            // Not installed here; .ci/run installs it.
+            // Not installed here.
             return;
         };
         let text = written(&Status::default(), TextForm::Prometheus);

@@ -107,6 +107,8 @@ fn probe(path: &Path) -> Result<String, Failure> {
         .map_err(failure(Exit::CannotWrite))?;
     let said = String::from_utf8_lossy(&output.stderr);
     let said = said.lines().last().unwrap_or_default();
+    // This process says its own name.
+    let said = said.strip_prefix("edge: ").unwrap_or(said);
     match output.status.code() {
         Some(0) => {}
         Some(1) => return Err(failure(Exit::FailedCheck)(anyhow!("{said}"))),

@@ -86,13 +86,15 @@ impl ModelStore {
     /// # Errors
     /// `CannotWrite` where the file is there and cannot be read or understood.
     pub(crate) fn state(&self) -> Result<State, Failure> {
-        match fs::read(self.folder.join("state.json")) {
-            Ok(text) => serde_json::from_slice(&text)
-                .context("state.json of the installed models")
-                .map_err(failure(Exit::CannotWrite)),
+        let path = self.folder.join("state.json");
+        let state = match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(anyhow::Error::from),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(State::default()),
-            Err(error) => Err(failure(Exit::CannotWrite)(error)),
-        }
+            Err(error) => Err(error.into()),
+        };
+        state
+            .with_context(|| format!("{}", path.display()))
+            .map_err(failure(Exit::CannotWrite))
     }
 
     /// Where a model lies; `None` for the demonstration model.
@@ -302,10 +304,11 @@ fn verify(bytes: &[u8], file: &Path, key: &str) -> anyhow::Result<()> {
         .map_err(|error| anyhow!("{}: {error}", Path::new(&signature).display()))?;
     let key = if Path::new(key).exists() {
         PublicKey::decode(&text(Path::new(key))?)
+            .map_err(|error| anyhow!("{key} holds no public key: {error}"))?
     } else {
         PublicKey::from_base64(key)
+            .map_err(|error| anyhow!("`{key}` is neither a file nor a public key: {error}"))?
     };
-    let key = key.map_err(|error| anyhow!("the public key: {error}"))?;
     key.verify(bytes, &signature, false)
         .map_err(|error| anyhow!("{}: the signature does not hold: {error}", file.display()))
 }

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::command::PingArgs;
 use crate::config::{self, Config};
-use crate::exit::{Exit, Failure, failure};
+use crate::exit::{Exit, Failure, failure, said};
 use crate::intake::classes::VERIFICATION;
 use crate::intake::tls;
 use crate::send::association::{Association, Proposal};
@@ -65,15 +65,9 @@ impl PeerAddress {
     /// # Errors
     /// `[tls]` names files that cannot be used.
     pub(crate) fn own_node(config: &Config) -> anyhow::Result<Self> {
-        let loopback = match config.dicom_bind {
-            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::LOCALHOST),
-            IpAddr::V6(_) => IpAddr::from(Ipv6Addr::LOCALHOST),
-        };
-        let is_any = config.dicom_bind.is_unspecified();
-        let host = if is_any { loopback } else { config.dicom_bind };
         Ok(Self {
             ae_title: config.ae_title.clone(),
-            host: host.to_string(),
+            host: own_address(config).to_string(),
             port: config.dicom_port,
             tls: identity(config)?.map(|identity| identity.own),
         })
@@ -119,6 +113,33 @@ impl PeerAddress {
             is_provider: false,
         };
         Ok(Association::request(stream, &proposal, deadline).await?)
+    }
+}
+
+/// The address under which this machine reaches its own node, and which the node then sees.
+fn own_address(config: &Config) -> IpAddr {
+    match config.dicom_bind {
+        bind if !bind.is_unspecified() => bind,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    }
+}
+
+/// The AE title by which this machine calls its own node: `unlisted` where nobody is listed, else the first peer that may come from here.
+///
+/// # Errors
+/// No listed peer may.
+pub(crate) fn calling_here<'a>(config: &'a Config, unlisted: &'a str) -> anyhow::Result<&'a str> {
+    let own = own_address(config);
+    let is_here = |peer: &config::Peer| {
+        peer.addresses.is_empty() || peer.addresses.iter().any(|network| network.contains(own))
+    };
+    match config.peers.iter().find(|(_, peer)| is_here(peer)) {
+        Some((title, _)) => Ok(title),
+        None if config.peers.is_empty() => Ok(unlisted),
+        None => Err(anyhow!(
+            "peers are listed, and none that may come from this machine: add [peers.{unlisted}] with address = \"{own}\""
+        )),
     }
 }
 
@@ -216,14 +237,14 @@ pub(crate) fn run(arguments: &PingArgs, out: &mut impl Write) -> Result<Exit, Fa
                 .as_ref()
                 .ok()
                 .and_then(|time| u64::try_from(time.as_micros()).ok()),
-            error: answer.as_ref().err().map(|error| format!("{error:#}")),
+            error: answer.as_ref().err().map(said),
         };
         let text = serde_json::to_string(&report).map_err(failure(Exit::CannotWrite))?;
         writeln!(out, "{text}")
     } else {
         match &answer {
             Ok(time) => writeln!(out, "{peer} answers in {:.1} ms", time.as_secs_f64() * 1e3),
-            Err(error) => writeln!(out, "{peer}: {error:#}"),
+            Err(error) => writeln!(out, "{peer}: {}", said(error)),
         }
     };
     written
@@ -245,6 +266,8 @@ pub(crate) fn block_on<T>(task: impl Future<Output = T>) -> Result<T, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -265,6 +288,26 @@ mod tests {
         ] {
             assert!(PeerAddress::parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn this_machine_calls_as_a_peer_that_may_come_from_it() {
+        let calls = |peers: &str| {
+            let config = Config::parse(peers, Path::new(""), Some("/state".into())).unwrap();
+            calling_here(&config, "SELF")
+                .map(str::to_owned)
+                .map_err(|error| error.to_string())
+        };
+        let console = "[peers.CT1]\naddress = \"192.0.2.7\"\n";
+        assert_eq!(calls(""), Ok("SELF".to_owned()));
+        assert_eq!(calls("[peers.CT1]"), Ok("CT1".to_owned()));
+        let both = format!("{console}[peers.DOOR]\naddress = \"127.0.0.0/8\"");
+        assert_eq!(calls(&both), Ok("DOOR".to_owned()));
+        let advice = calls(console).unwrap_err();
+        assert!(
+            advice.contains("[peers.SELF] with address = \"127.0.0.1\""),
+            "{advice}"
+        );
     }
 
     #[test]

@@ -76,6 +76,13 @@ pub(crate) struct Status {
     pub(crate) uptime_s: u64,
 }
 
+impl Status {
+    /// Whether the model may analyse: it passed its self-test, or its file states none, as f32 files do.
+    pub(crate) fn is_model_sound(&self) -> bool {
+        matches!(self.self_test.as_str(), "passed" | "absent")
+    }
+}
+
 /// A result that a receiver will not get, unless it is sent again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

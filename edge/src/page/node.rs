@@ -1,13 +1,16 @@
 //! The page's sources, from the parts of a running node.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use anyhow::{Context, anyhow};
 use tokio::sync::watch;
 
 use super::{Settings, Sources};
 use crate::commitment;
 use crate::config::Config;
 use crate::decide::store::{Origin, StoreError};
+use crate::exit::said;
 use crate::intake::unix_ms;
 use crate::operate::board;
 use crate::operate::metrics::Counts;
@@ -40,17 +43,22 @@ pub(crate) fn sources(node: &Arc<NodeState>) -> Sources {
 ///
 /// # Errors
 /// The token's file cannot be read, or holds nothing.
-pub(crate) fn settings(config: &Config) -> std::io::Result<Settings> {
-    let token = config.page.token_file.as_ref();
-    let token = token.map(std::fs::read_to_string).transpose()?;
-    let token = token.map(|token| token.trim().to_owned());
-    if token.as_ref().is_some_and(String::is_empty) {
-        return Err(std::io::Error::other("the file is empty"));
-    }
+pub(crate) fn settings(config: &Config) -> anyhow::Result<Settings> {
+    let token = config.page.token_file.as_deref().map(token);
     Ok(Settings {
         is_anonymous: config.page.hide_patient_names,
-        token,
+        token: token.transpose()?,
     })
+}
+
+fn token(path: &Path) -> anyhow::Result<String> {
+    let named = || format!("[page] token_file {}", path.display());
+    let text = std::fs::read_to_string(path).with_context(named)?;
+    let token = text.trim();
+    if token.is_empty() {
+        return Err(anyhow!("the file is empty").context(named()));
+    }
+    Ok(token.to_owned())
 }
 
 /// The settings, and those of each configuration that is read again; one whose token file cannot be read changes nothing.
@@ -65,7 +73,9 @@ pub(crate) fn follow_settings(
             let config = Arc::clone(&config.borrow_and_update());
             match settings(&config) {
                 Ok(settings) => drop(sender.send_replace(Arc::new(settings))),
-                Err(error) => tracing::error!(%error, "the page's settings are not changed"),
+                Err(error) => {
+                    tracing::error!(error = said(&error), "the page's settings are not changed")
+                }
             }
         }
     }));
@@ -185,7 +195,8 @@ fn judge(status: &mut Status) {
             .problems
             .push("The clock is not set: nothing is deleted by age.".into());
     }
-    if !matches!(status.self_test.as_str(), "" | "passed" | "absent") {
+    let is_model_known = !status.self_test.is_empty();
+    if is_model_known && !status.is_model_sound() {
         let text = format!(
             "The model failed its self-test; slices are stored and not analysed. {}",
             status.self_test

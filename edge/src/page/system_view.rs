@@ -13,12 +13,12 @@ pub(crate) fn page(status: &Status) -> Markup {
             (card("Model", &html! {
                 dt { "Name" } dd { (status.model) }
                 dt { "Digest" } dd.uid { (status.model_digest.get(..16).unwrap_or(&status.model_digest)) }
-                dt { "Self-test" } dd.(good(status.self_test == "passed")) { (status.self_test) }
+                dt { "Self-test" } dd.(good(status.is_model_sound())) { (status.self_test) }
                 dt { "Note" } dd { (status.model_notice) }
             }))
             (card("Intake", &html! {
                 dt { "Node" } dd { (status.ae_title) " · port " (status.dicom_port) }
-                dt { "Accepting" } dd.(good(status.is_accepting)) { (if status.is_accepting { "yes" } else { "no: the disk is nearly full" }) }
+                dt { "Accepting" } dd.(good(status.is_accepting)) { (if status.is_accepting { "yes" } else { "no: no room" }) }
                 dt { "Associations" } dd { (status.associations_open) " open" }
                 dt { "Received" } dd { (status.received) " objects" }
                 dt { "Waiting" } dd { (status.waiting) }
@@ -157,7 +157,7 @@ mod tests {
         })
         .into_string();
         assert!(html.contains("<dd class=\"bad\">logit bits differ</dd>"));
-        assert!(html.contains("nearly full"));
+        assert!(html.contains("no: no room"));
         assert!(!html.contains("Given up</h2>"));
     }
 

@@ -32,7 +32,7 @@ use super::webhook::{Secret, Webhook};
 use crate::config::Config;
 use crate::decide::Changed;
 use crate::decide::store::Store;
-use crate::exit::{Exit, Failure, failure};
+use crate::exit::{Exit, Failure, failure, said};
 use crate::heatmap;
 use crate::intake::tls;
 use crate::operate::audit::Event;
@@ -154,7 +154,7 @@ async fn reconfigure(node: Arc<NodeState>, delivery: Arc<Delivery>, device: Devi
                 delivery.configure(ways);
                 revive(&node).await;
             }
-            Err(error) => tracing::error!(error = format!("{error:#}"), "receivers not changed"),
+            Err(error) => tracing::error!(error = said(&error), "receivers not changed"),
         }
     }
 }

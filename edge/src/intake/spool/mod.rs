@@ -77,7 +77,7 @@ impl Default for SpoolLimits {
 #[non_exhaustive]
 pub(crate) enum SpoolError {
     /// The quota is used up.
-    #[error("spool holds {used_bytes} of {quota_bytes} bytes")]
+    #[error("the spool holds {} of {} MiB ([retention] quota_mib)", used_bytes >> 20, quota_bytes >> 20)]
     Quota {
         /// Bytes in use.
         used_bytes: u64,
@@ -85,7 +85,7 @@ pub(crate) enum SpoolError {
         quota_bytes: u64,
     },
     /// The file system is nearly full.
-    #[error("{free_bytes} bytes free, {keep_free_bytes} must stay free")]
+    #[error("{} MiB free, {} must stay free ([retention] keep_free_mib)", free_bytes >> 20, keep_free_bytes >> 20)]
     DiskFull {
         /// Free bytes.
         free_bytes: u64,
@@ -93,7 +93,7 @@ pub(crate) enum SpoolError {
         keep_free_bytes: u64,
     },
     /// Too many objects.
-    #[error("spool holds {MAX_OBJECTS} objects, its most")]
+    #[error("the spool holds {MAX_OBJECTS} objects, its most")]
     TooMany,
     /// The object is larger than allowed.
     #[error("object has more than {max_object_bytes} bytes")]
