@@ -219,6 +219,20 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_document_is_the_demonstration_model() {
+        let document = include_str!("../../docs/model-file.md");
+        let (_, example) = document.split_once("```json\n").unwrap();
+        let example = Manifest::from_json(example.split_once("```").unwrap().0).unwrap();
+        let model = Model::load(DEMONSTRATION, &Options::default()).unwrap();
+        let mut manifest = model.manifest().unwrap().clone();
+        manifest
+            .metrics
+            .retain(|metric| example.metrics.contains(metric));
+        manifest.operating_points.truncate(1);
+        assert_eq!(manifest, example);
+    }
+
+    #[test]
     fn a_file_that_does_not_keep_to_the_contract_is_refused() {
         // Field 8 of the file, 2 bytes: field 2, the version.
         refuses(
