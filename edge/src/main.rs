@@ -1,9 +1,13 @@
-//! The command line beside a CT console: DICOM in, a probability of pulmonary embolism out. Research use only.
+//! The command line and the node beside a CT console: DICOM in, a probability of pulmonary embolism out. Research use only.
 //!
-//! The stages in the order the data meets them: [`walk`] finds files, [`supervisor`] (with [`launch`] and [`watchdog`]) hands each to the [`worker`] process (behind its [`confinement`]), where
-//! foreign bytes are parsed ([`wire`] is what passes between them), the engine runs the [`model`] on the tensors that come back,
-//! [`series`] assembles slices and chooses the series that is judged, [`study`] judges it, [`report`] prints. [`classify`] joins
-//! them; the node of `edge serve` ([`serve`], set by [`config`]) takes objects in over the network ([`intake`]), decides ([`decide`]) and sends ([`send`]; [`commitment`] says who keeps what was stored); a fault in one of its parts that is [`vital`] ends it. [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures; [`cli`] and [`exit`] are the outside.
+//! The stages in the order the data meets them. [`serve`], set by [`config`], runs the node: [`intake`] takes objects in over the network, [`decide`]
+//! analyses them and judges studies, [`send`] tells the PACS and others, [`commitment`] says who keeps what was stored, [`page`] shows people, [`operate`] serves
+//! who looks after it; a fault in a part that is [`vital`] ends it. [`classify`] does the same for files that [`walk`] finds, and [`report`] prints.
+//!
+//! Both have foreign bytes parsed by a [`worker`] process (behind its [`confinement`], kept by the [`supervisor`] with [`launch`] and [`watchdog`];
+//! [`wire`] is what passes between them), run the [`model`] on the tensors that come back, let [`series`] assemble slices and choose the series that is
+//! judged, and [`study`] judge it; [`result`] is what is known then. [`tensor_file`] and [`heatmap`] write what is asked for beside; [`bench`] measures;
+//! [`cli`] and [`exit`] are the outside.
 #![forbid(unsafe_code)]
 
 mod bench;

@@ -1,6 +1,17 @@
-//! Trains, evaluates, quantizes and exports the classifier. The stages in the order the data meets them:
-//! index, split, cache, architecture, backbone, initialise, network, transfer, operators, features, ranks, train, gpu (with the feature `cuda`), quantization_aware, checkpoint, provenance,
-//! metrics, bootstrap, export, quantize, verify, report.
+//! Trains, evaluates, quantizes and exports the classifier.
+//!
+//! The stages in the order the data meets them:
+//!
+//! - Data: [`phantom`] writes synthetic studies, [`source`] lists what there is, [`prepare`] decodes it into a [`cache`], whose rows are the
+//!   [`index`], each in a part of the [`split`]; [`stats`] counts it.
+//! - Training: [`batches`] feeds [`train`], which runs a [`network`] of an [`architecture`] on our [`operators`], or a [`transfer`] learner on
+//!   its [`backbone`] (whose [`features`] are kept where it is frozen), from the weights of [`initialise`], with [`ranks`] of processes, on a `gpu`
+//!   (feature `cuda`) or [`quantization_aware`]. [`checkpoint`] and [`provenance`] are what it leaves.
+//! - Judging: [`predict`] gives logits, [`evaluate`] their figures: [`metrics`], [`bootstrap`], [`temperature`], [`rsna`], [`controls`]; [`report`],
+//!   [`plots`] and [`model_card`] show them. [`compare`] trains and judges the publication's table.
+//! - The model file: [`export`] writes [`onnx`], [`quantize`] makes it int8, with ranges by [`calibrate`] on [`execute`]; [`verify`] is the gate.
+//!
+//! [`demo`] runs all of it, [`classify`] at its end. [`cli`], [`exit`], [`progress`] and [`interrupt`] are the outside; [`random`] and [`allocator`] serve all.
 
 pub mod allocator;
 pub mod architecture;

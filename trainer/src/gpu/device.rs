@@ -1,7 +1,7 @@
 //! The GPU: finding it, its memory, its streams and the kernels of `kernels.cu`.
 //!
 //! CUDA's libraries are looked for when they are needed, so that a build with the feature `cuda` starts everywhere; where one is missing the error says which, and
-//! what to do. The kernels are PTX of compute capability 9.0 (`kernels.ptx`, made by `tests/reference/gpu_build.sh`), which the driver compiles for this
+//! what to do. The kernels are PTX of compute capability 9.0 (`kernels.ptx`, made by `compile_kernels.sh`), which the driver compiles for this
 //! card and every later one.
 #![expect(
     unsafe_code,
