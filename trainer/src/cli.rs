@@ -26,20 +26,20 @@ pub enum Command {
     Phantom(phantom::PhantomArgs),
     /// Decode a source into a cache folder
     Prepare(prepare::PrepareArgs),
-    /// Measure a model on a part of a cache and write the report
-    Evaluate(evaluate::EvaluateArgs),
+    /// Count a cache: classes, labels, spacing, leaks
+    Stats(stats::StatsArgs),
     /// Train a network on a cache
     Train(train::TrainArgs),
+    /// Measure a model on a part of a cache and write the report
+    Evaluate(evaluate::EvaluateArgs),
+    /// Train the publication's systems and print its table with ours beside it
+    Compare(compare::CompareArgs),
     /// Write weights as a standard f32 ONNX file
     Export(export::ExportArgs),
     /// Make an int8 ONNX file of an f32 one
     Quantize(quantize::QuantizeArgs),
     /// Hold an int8 file against its f32 file: exit 1 when it is not good enough
     Verify(verify::VerifyArgs),
-    /// Train the publication's systems and print its table with ours beside it
-    Compare(compare::CompareArgs),
-    /// Count a cache: classes, labels, spacing, leaks
-    Stats(stats::StatsArgs),
 }
 
 /// Runs a parsed command line.
@@ -50,13 +50,13 @@ pub fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
         Some(Command::Phantom(args)) => phantom::run(args),
         Some(Command::Prepare(args)) => prepare::run(args),
-        Some(Command::Evaluate(args)) => evaluate::run(args),
+        Some(Command::Stats(args)) => stats::run(args),
         Some(Command::Train(args)) => train::run(args),
+        Some(Command::Evaluate(args)) => evaluate::run(args),
+        Some(Command::Compare(args)) => compare::run(args),
         Some(Command::Export(args)) => export::run(args),
         Some(Command::Quantize(args)) => quantize::run(args),
         Some(Command::Verify(args)) => verify::run(args),
-        Some(Command::Compare(args)) => compare::run(args),
-        Some(Command::Stats(args)) => stats::run(args),
         None => demo::run(&cli.demo),
     }
 }

@@ -28,9 +28,16 @@ const LIMITS: &str = "\
 /// The card as Markdown.
 #[must_use]
 pub fn text(evaluation: &Evaluation, manifest: &Manifest) -> String {
+    let limits = format!(
+        "{LIMITS}- Measured on studies of {} slices on average. The more slices a study has, the more easily its highest ones reach the study threshold.\n",
+        evaluation.slice.n / evaluation.slice.n_studies.max(1)
+    );
     let reproduce = format!(
-        "## Reproduce\n\ntrainer {}, seed {}.\n",
-        evaluation.trainer, evaluation.seed
+        "## Reproduce\n\n`trainer evaluate --model {} --data CACHE --part {} --seed {}` on the cache with the digest above, trainer {}.\n",
+        evaluation.model,
+        evaluation.part.name(),
+        evaluation.seed,
+        evaluation.trainer
     );
     [
         head(evaluation),
@@ -41,7 +48,7 @@ pub fn text(evaluation: &Evaluation, manifest: &Manifest) -> String {
         operating_points(evaluation, manifest),
         subgroups(evaluation),
         controls(evaluation),
-        LIMITS.to_owned(),
+        limits,
         reproduce,
     ]
     .join("\n")

@@ -274,8 +274,10 @@ fn provenance(evaluation: &Evaluation) -> Markup {
     html! {
         div class="card scroll" { table {
             tr { td { "model digest" } td { code { (evaluation.model_digest) } } }
+            tr { td { "data" } td { (evaluation.data_source) ", part " (evaluation.part.name()) } }
             tr { td { "data digest" } td { code { (evaluation.data_digest) } } }
             tr { td { "split" } td { (evaluation.data_split) } }
+            tr { td { "seed of bootstrap and samples" } td { (evaluation.seed) } }
             tr { td { "trainer" } td { (evaluation.trainer) } }
         } }
     }

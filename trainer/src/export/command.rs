@@ -28,6 +28,7 @@ pub struct ExportArgs {
     /// Run folder: its model.safetensors, and its manifest.json where there is one.
     #[arg(
         long,
+        value_name = "RUN",
         required_unless_present = "random_init",
         conflicts_with = "random_init"
     )]
@@ -36,16 +37,16 @@ pub struct ExportArgs {
     #[arg(long, requires = "model")]
     pub random_init: bool,
     /// Architecture of the random weights.
-    #[arg(long, conflicts_with = "run")]
+    #[arg(long, value_name = "NAME", conflicts_with = "run")]
     pub model: Option<String>,
     /// Factor on the units of every convolution and hidden dense layer of the random weights.
-    #[arg(long, default_value_t = 1.0, value_parser = architecture::parse_width)]
+    #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = architecture::parse_width)]
     pub width: f64,
     /// Seed of the random weights.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_name = "S", default_value_t = 1)]
     pub seed: u64,
     /// The ONNX file to write.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Print one JSON object on standard output.
     #[arg(long)]

@@ -33,16 +33,16 @@ const SELF_TESTS: usize = 3;
 )]
 pub struct QuantizeArgs {
     /// The f32 file of `trainer export`.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub model: PathBuf,
     /// `ranges.json` of a run that was trained with `--qat`: nothing else is calibrated.
-    #[arg(long, conflicts_with_all = ["data", "method", "profile", "weight_bits"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["data", "method", "profile", "weight_bits"])]
     pub ranges: Option<PathBuf>,
     /// Cache whose training part calibrates; without it the self-test's images do, which is good enough for random weights alone.
-    #[arg(long)]
+    #[arg(long, value_name = "CACHE")]
     pub data: Option<PathBuf>,
     /// The int8 file to write.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// For whom the file is.
     #[arg(long, value_enum, default_value_t = Profile::Standard)]
@@ -54,10 +54,10 @@ pub struct QuantizeArgs {
     #[arg(long, value_enum)]
     pub method: Option<Method>,
     /// Training slices, half of them positive, on which ranges are observed.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256)]
     pub calibration_slices: usize,
     /// Of these, slices on which errors are compared and biases corrected.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 16)]
     pub selection_slices: usize,
     /// Cross-layer equalisation.
     #[arg(long, value_enum, default_value_t = Choice::Auto)]

@@ -26,7 +26,8 @@ pub struct TrainArgs {
     /// Run folder
     #[arg(long, value_name = "RUN")]
     pub out: PathBuf,
-    /// Architecture, a row of the publication's table
+    /// A row of the publication's table: vanilla, adam, increasing, two-conv, two-conv-dense256, two-conv-dense64, halving, halving-5k,
+    /// halving-15ep, final, resnet50, resnet50-frozen or inception-v3
     #[arg(long, value_name = "NAME", default_value = "final")]
     pub model: String,
     /// Factor on the units of every convolution and hidden dense layer
@@ -65,7 +66,7 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "a doc comment here would become help text")]
     pub augmentation: Augmentation,
-    /// Where to compute: `cpu`, `cuda:N` [default: a GPU where there is one and this build can use it]
+    /// Where to compute: `cpu`, `cuda:N`, or `cuda` for the launcher's local rank [default: a GPU where there is one and this build can use it]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// How a GPU stores what it multiplies

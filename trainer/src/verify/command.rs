@@ -23,31 +23,31 @@ use super::{Margins, Pair, SNR_TARGET_DB, VerifyReport, verify};
 )]
 pub struct VerifyArgs {
     /// The f32 file.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub float: PathBuf,
     /// The int8 file made from it.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub int8: PathBuf,
     /// Cache whose validation part is used.
-    #[arg(long)]
+    #[arg(long, value_name = "CACHE")]
     pub data: PathBuf,
     /// Sensitivity at the operating point that may be lost, in percentage points.
-    #[arg(long, default_value_t = Margins::default().sensitivity_points, value_parser = points)]
+    #[arg(long, value_name = "POINTS", default_value_t = Margins::default().sensitivity_points, value_parser = points)]
     pub margin: f64,
     /// Specificity at the operating point that may be lost, in percentage points.
-    #[arg(long, default_value_t = Margins::default().specificity_points, value_parser = points)]
+    #[arg(long, value_name = "POINTS", default_value_t = Margins::default().specificity_points, value_parser = points)]
     pub specificity_margin: f64,
     /// Slices on which the noise of every tensor is measured.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8)]
     pub noise_slices: usize,
     /// The deployable file: the int8 file with what was found in its manifest. Not written where the gate fails.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// Write the deployable file although the gate fails, and say so in its manifest.
     #[arg(long, requires = "out")]
     pub force: bool,
     /// SVG plot of the signal-to-noise ratios.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
     /// Print one JSON object on standard output.
     #[arg(long)]
