@@ -57,8 +57,8 @@ Examples:
   edge demo                                 starts a node where none runs; Ctrl-C ends it
   edge demo --slices 24 --without-embolus
 
-The study is synthetic: the phantom with an embolus, or without one. The demonstration model learnt
-from studies of 24 slices; of larger ones it suspects most, with an embolus or without.";
+The study is synthetic: the phantom with an embolus, or without one. The demonstration model is for
+studies of 24 slices; the more slices, the more studies it suspects, also without an embolus.";
 
 const INSTALL_HELP: &str = "\
 Examples:
