@@ -11,7 +11,8 @@
 //!   [`plots`] and [`model_card`] show them. [`compare`] trains and judges the publication's table.
 //! - The model file: [`export`] writes [`onnx`], [`quantize`] makes it int8, with ranges by [`calibrate`] on [`execute`]; [`verify`] is the gate.
 //!
-//! [`demo`] runs all of it, [`classify`] at its end. [`cli`], [`exit`], [`progress`] and [`interrupt`] are the outside; [`random`] and [`allocator`] serve all.
+//! [`demo`] runs all of it, [`classify`] at its end. [`cli`], [`exit`], [`progress`] and [`interrupt`] are the outside; [`claim`], [`random`]
+//! and [`allocator`] serve all.
 
 pub mod allocator;
 pub mod architecture;
