@@ -2,11 +2,13 @@
 """Asks the real cuDNN, on a machine without a GPU, whether it takes the trainer's convolutions on a Hopper card.
 
 cuDNN 9.8 and later plan for a device that is only described (the properties of an H100 stand below). The descriptors, attributes and types are those of
-trainer/src/gpu/convolution.rs. For each pass of each convolution of the final model at full width: how many of cuDNN's proposals can be planned, and their
-workspace. Exit 1 where a pass has none.
+trainer/src/gpu/convolution.rs. For each pass of each convolution of the final model at full width, and of each different one in the ONNX files that are named (the transfer learners', made by
+`trainer export --random-init --model resnet50 --width 1 --seed 1 --out resnet50.onnx`): how many of cuDNN's proposals can be planned, and their workspace. Exit 1 where a pass has none, or
+none on the matrix units.
 
     pip download --no-deps nvidia-cudnn-cu13==9.13.0.50 nvidia-cuda-runtime==13.0.96   # unpack both
-    LD_LIBRARY_PATH=nvidia/cudnn/lib:nvidia/cu13/lib tests/reference/cudnn_plans.py nvidia/cudnn/lib
+    pip install onnx                                                                   # where ONNX files are named
+    LD_LIBRARY_PATH=nvidia/cudnn/lib:nvidia/cu13/lib tests/reference/cudnn_plans.py nvidia/cudnn/lib [MODEL.onnx...]
 """
 
 import ctypes
@@ -79,18 +81,19 @@ def tensor(identity, data_type, sizes):
     return made
 
 
-def plans(device, name, data_type, n, channels_in, channels_out, side):
-    out = side - 2
+def plans(device, name, data_type, n, shape):
+    channels_in, channels_out, sides, kernel, stride, padding = shape
+    out = [(sides[d] + 2 * padding[d] - kernel[d]) // stride + 1 for d in range(2)]
     tensors = [
-        tensor(1, data_type, [n, channels_in, side, side]),
-        tensor(2, data_type, [channels_out, channels_in, 3, 3]),
-        tensor(3, data_type, [n, channels_out, out, out]),
+        tensor(1, data_type, [n, channels_in, *sides]),
+        tensor(2, data_type, [channels_out, channels_in, *kernel]),
+        tensor(3, data_type, [n, channels_out, *out]),
     ]
     convolution = create(1)
     put(convolution, 100, DATA_TYPE, [F32], ctypes.c_int)
     put(convolution, 101, MODE, [1], ctypes.c_int)
     put(convolution, 106, INT64, [2], ctypes.c_int64)
-    for attribute, values in [(102, [1, 1]), (103, [1, 1]), (105, [0, 0]), (104, [0, 0])]:
+    for attribute, values in [(102, [1, 1]), (103, [stride, stride]), (105, padding), (104, padding)]:
         put(convolution, attribute, INT64, values, ctypes.c_int64)
     check(finalize(convolution), "convolution")
     kind, alpha, beta, by, *names = PASSES[name]
@@ -126,16 +129,38 @@ def plans(device, name, data_type, n, channels_in, channels_out, side):
     return found
 
 
+def shapes_of(path):
+    """The different convolutions of an ONNX file, as the trainer has them on a GPU: channels filled up to a multiple of 8."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    sides = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim][2:] for value in [*model.graph.input, *model.graph.value_info]}
+    kernels = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            attributes = {attribute.name: list(attribute.ints) for attribute in node.attribute}
+            channels_out, channels_in, *kernel = kernels[node.input[1]]
+            padding = attributes.get("pads", [0] * 4)[:2]
+            filled = [-(-channels // 8) * 8 for channels in (channels_in, channels_out)]
+            shape = (*filled, sides[node.input[0]], kernel, attributes.get("strides", [1])[0], padding)
+            found[str(shape)] = (node.name or node.output[0], shape)
+    return found.values()
+
+
 device = create(38)
 text = json.dumps(H100).encode()
 check(cudnn.cudnnBackendSetAttribute(ctypes.c_void_p(device), 2702, CHAR, ctypes.c_int64(len(text) + 1), ctypes.c_char_p(text)), "device")
 check(finalize(device), "the description of an H100")
 print(f"cuDNN {cudnn.cudnnGetVersion()}, batch 50, bf16")
 is_complete = True
-for layer, sizes in [("conv2", (512, 256, 127)), ("conv3", (256, 128, 62))]:
-    for name in PASSES:
-        found = plans(device, name, BF16, 50, *sizes)
-        best = found[0] if found else None
-        is_complete &= best is not None and best[0]
-        print(f"{layer} {name}: {len(found)} plans, first {'on matrix units' if best and best[0] else '-'}, workspace up to {max([b for _, b in found], default=0)} bytes")
+models = {"final": [("conv2", (512, 256, [127, 127], [3, 3], 1, [0, 0])), ("conv3", (256, 128, [62, 62], [3, 3], 1, [0, 0]))]}
+models.update({path: shapes_of(path) for path in sys.argv[2:]})
+for model, layers in models.items():
+    for layer, shape in layers:
+        for name in PASSES:
+            found = plans(device, name, BF16, 50, shape)
+            best = found[0] if found else None
+            is_complete &= best is not None and best[0]
+            print(f"{model} {layer} {name}: {len(found)} plans, first {'on matrix units' if best and best[0] else '-'}, workspace up to {max([b for _, b in found], default=0)} bytes")
 sys.exit(0 if is_complete else 1)

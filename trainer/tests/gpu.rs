@@ -118,6 +118,62 @@ fn a_run_follows_the_cpu_and_is_the_same_by_every_way_of_data() {
 }
 
 #[test]
+fn transfer_learners_follow_the_cpu() {
+    let (folder, cache) = prepared();
+    for model in ["resnet50", "resnet50-frozen", "inception-v3"] {
+        let run = |device: &str| {
+            let out = folder.path().join(format!("{model}-{device}"));
+            done(trainer(&format!(
+                "train --model {model} --random-init --width 0.001 --batch 4 --images 6 --epochs 1 --flip --data {cache} --out {} --device {device} --precision f32",
+                out.display()
+            )));
+            losses(&out)
+        };
+        let (expected, found) = (run("cpu"), run("cuda:0"));
+        assert_eq!((expected.len(), found.len()), (2, 2));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(
+                (found - expected).abs() <= 1e-3 * expected.max(0.05),
+                "{model}: {found} not {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn compare_trains_on_the_gpu_and_the_tables_name_the_rate_of_the_last_step() {
+    let (folder, cache) = prepared();
+    let out = |name: &str| folder.path().join(name);
+    let options = format!("--width 0.001 --epochs 2 --batch 4 --data {cache}");
+    done(trainer(&format!(
+        "compare --models adam {options} --out {}",
+        out("compared").display()
+    )));
+    let train = |name: &str, more: &str| {
+        let out = out(name);
+        let out = out.display();
+        done(trainer(&format!(
+            "train --model adam --images 800 {options} {more} --out {out}"
+        )));
+    };
+    train("gpu", "--device cuda:0");
+    train("cpu", "--device cpu");
+    let compared = losses(&out("compared/adam"));
+    assert_eq!(compared, losses(&out("gpu")));
+    assert_ne!(compared, losses(&out("cpu")));
+    let rates = |name: &str| -> Vec<String> {
+        let table = std::fs::read_to_string(out(name).join("epochs.csv")).unwrap();
+        let lines = table.lines().skip(1);
+        lines
+            .map(|line| line.split(',').nth(4).unwrap().to_owned())
+            .collect()
+    };
+    train("gpu-cosine", "--device cuda:0 --schedule cosine");
+    train("cpu-cosine", "--device cpu --schedule cosine");
+    assert_eq!(rates("gpu-cosine"), rates("cpu-cosine"));
+}
+
+#[test]
 fn a_stopped_run_continues_to_the_same_weights() {
     let (folder, cache) = prepared();
     let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));

@@ -32,7 +32,7 @@ use crate::index::Part;
 use crate::metrics::{NAMES, Sample, Sorted};
 use crate::predict::Predictor;
 use crate::split::{self, Split, SplitBy};
-use crate::train::{self, Diverged, TrainOptions};
+use crate::train::{self, Diverged, Precision, Processor, TrainOptions};
 
 /// Of the images that the publication drew for training and validation, the share it trained on.
 const TRAINED_SHARE: f64 = 0.8;
@@ -315,6 +315,7 @@ fn options(args: &CompareArgs, system: &Architecture) -> TrainOptions {
         split: args.split,
         images: (n_images > 0).then_some(n_images),
         resume: true,
+        processor: Processor::here(Precision::default()),
         ..TrainOptions::default()
     }
 }

@@ -429,6 +429,22 @@ __device__ void bias_relu_pool(const T* y, const float* bias, T* out, u8* argmax
   }
 }
 
+// Partial sums [part, channels] of a block's [vectors, rest] threads; part is blockIdx.x. All threads of the block call it.
+template <int LENGTH> __device__ __forceinline__ void sum_block(float (&sum)[LENGTH], float* partial, int vector, int vectors, u8* shared) {
+  float* sums = reinterpret_cast<float*>(shared);
+  float* own = sums + (static_cast<i64>(threadIdx.y) * blockDim.x + threadIdx.x) * LENGTH;
+#pragma unroll
+  for (int i = 0; i < LENGTH; i++) own[i] = sum[i];
+  __syncthreads();
+  if (threadIdx.y > 0 || vector >= vectors) return;
+  for (unsigned y = 1; y < blockDim.y; y++) {
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++) sum[i] += own[static_cast<i64>(y) * blockDim.x * LENGTH + i];
+  }
+#pragma unroll
+  for (int i = 0; i < LENGTH; i++) partial[(static_cast<i64>(blockIdx.x) * vectors + vector) * LENGTH + i] = sum[i];
+}
+
 // The pooled map's gradient -> that of y, all of it, and partial sums [part, channels] of the bias'. Grid: [part, blockDim.x vectors];
 // block: [vectors, 256 / vectors windows].
 template <class T>
@@ -472,18 +488,278 @@ __device__ void bias_relu_pool_backward(const T* gradient, const u8* argmax, T* 
       }
     }
   }
-  float* sums = reinterpret_cast<float*>(shared);
-  float* own = sums + (static_cast<i64>(threadIdx.y) * blockDim.x + threadIdx.x) * LENGTH;
+  sum_block(sum, partial, vector, vectors, shared);
+}
+
+// ---- Layers of any window: ../operators/spatial ----
+//
+// A map lies [image, place, channel], its places row by row; `pitch` is how many values stand between one place and the next, more than its channels where it is a
+// part of a concatenation. Maps without a pitch are packed.
+
+// One reader's part of a map's gradient: where the first channel stands, values from one image to the next and from one place to the next (0: all places have the same), factor.
+struct Part {
+  const void* first;
+  i64 image;
+  i64 place;
+  float scale;
+};
+
+template <class T, int LENGTH>
+__device__ __forceinline__ void add_parts(float (&sum)[LENGTH], const Part* parts, int n_parts, i64 image, i64 place, int vector) {
+  for (int index = 0; index < n_parts; index++) {
+    Part part = parts[index];
+    const T* at = static_cast<const T*>(part.first) + image * part.image + place * part.place;
+    Vector<T> values = reinterpret_cast<const Vector<T>*>(at)[vector];
 #pragma unroll
-  for (int i = 0; i < LENGTH; i++) own[i] = sum[i];
-  __syncthreads();
-  if (threadIdx.y > 0 || vector >= vectors) return;
-  for (unsigned y = 1; y < blockDim.y; y++) {
-#pragma unroll
-    for (int i = 0; i < LENGTH; i++) sum[i] += own[static_cast<i64>(y) * blockDim.x * LENGTH + i];
+    for (int i = 0; i < LENGTH; i++) sum[i] += part.scale * to_float(values.value[i]);
   }
+}
+
+template <class T> __device__ __forceinline__ Vector<T> vector_of(const float (&values)[Vector<T>::LENGTH]) {
+  Vector<T> stored;
 #pragma unroll
-  for (int i = 0; i < LENGTH; i++) partial[static_cast<i64>(blockIdx.x) * channels + vector * LENGTH + i] = sum[i];
+  for (int i = 0; i < Vector<T>::LENGTH; i++) store(stored.value[i], values[i]);
+  return stored;
+}
+
+__device__ __forceinline__ float relu(float value) { return value <= 0.0f ? 0.0f : value; }
+
+struct Normalisation {
+  float mean[3];
+  float deviation[3];
+};
+
+// Images -> (x / 255 - mean) / deviation [image, row, column, 8], of which the last 5 channels are 0. A thread takes a place.
+template <class T> __device__ void normalise(Images images, Normalisation to, T* out, int n_images) {
+  i64 area = static_cast<i64>(images.rows) * images.columns;
+  for (i64 index = thread_number(); index < n_images * area; index += n_threads()) {
+    int place = static_cast<int>(index / area);
+    int row = static_cast<int>(index % area) / images.columns, column = static_cast<int>(index % area) % images.columns;
+    if (images.change) {
+      if (images.change[3 * place]) column = images.columns - 1 - column;
+      row += images.change[3 * place + 1];
+      column += images.change[3 * place + 2];
+    }
+    bool is_inside = row >= 0 && row < images.rows && column >= 0 && column < images.columns;
+    const u8* image = images.pixels + images.row[place] * (3 * area);
+    float values[8] = {};
+#pragma unroll
+    for (int c = 0; c < 3; c++) {
+      float pixel = is_inside ? static_cast<float>(image[c * area + static_cast<i64>(row) * images.columns + column]) : 0.0f;
+      values[c] = (pixel * IMAGE_SCALE - to.mean[c]) / to.deviation[c];
+    }
+    Vector<T>* stored = reinterpret_cast<Vector<T>*>(out + 8 * index);
+#pragma unroll
+    for (int i = 0; i < 8; i++) store(stored[i / Vector<T>::LENGTH].value[i % Vector<T>::LENGTH], values[i]);
+  }
+}
+
+// A kernel with its normalisation: gamma W / deviation, and beta - mean gamma / deviation. Grid: channels; a kernel has `length` values.
+template <class T>
+__device__ void fold(const float* weight, const float* gamma, const float* beta, const float* mean, const float* variance, float epsilon, T* filter, float* bias, int length) {
+  int channel = blockIdx.x;
+  float factor = gamma[channel] / sqrtf(variance[channel] + epsilon);
+  i64 begin = static_cast<i64>(channel) * length;
+  for (int i = threadIdx.x; i < length; i += blockDim.x) store(filter[begin + i], weight[begin + i] * factor);
+  if (threadIdx.x == 0) bias[channel] = beta[channel] - mean[channel] * factor;
+}
+
+// Gradients of kernel, gamma and beta from those of the folded filter and bias. Grid: channels; block: 128 threads.
+template <class T>
+__device__ void unfold(const T* filter_gradient, const float* bias_gradient, const float* weight, const float* gamma, const float* mean, const float* variance, float epsilon,
+                       float* weight_gradient, float* gamma_gradient, float* beta_gradient, int length) {
+  __shared__ float sums[128];
+  int channel = blockIdx.x;
+  float deviation = sqrtf(variance[channel] + epsilon), factor = gamma[channel] / deviation;
+  i64 begin = static_cast<i64>(channel) * length;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < length; i += blockDim.x) {
+    float gradient = to_float(filter_gradient[begin + i]);
+    sum += gradient * weight[begin + i];
+    weight_gradient[begin + i] = gradient * factor;
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = 64; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x > 0) return;
+  gamma_gradient[channel] = (sums[0] - mean[channel] * bias_gradient[channel]) / deviation;
+  beta_gradient[channel] = bias_gradient[channel];
+}
+
+// y [.., channels] packed -> relu(y + bias), which may take its place.
+template <class T> __device__ void bias_relu(const T* y, const float* bias, T* out, int pitch, i64 n_places, int channels) {
+  constexpr int LENGTH = Vector<T>::LENGTH;
+  int vectors = channels / LENGTH;
+  for (i64 index = thread_number(); index < n_places * vectors; index += n_threads()) {
+    int vector = static_cast<int>(index % vectors);
+    Vector<T> from = reinterpret_cast<const Vector<T>*>(y)[index];
+    float values[LENGTH];
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++) values[i] = relu(to_float(from.value[i]) + bias[vector * LENGTH + i]);
+    reinterpret_cast<Vector<T>*>(out + index / vectors * pitch)[vector] = vector_of<T>(values);
+  }
+}
+
+// relu(left + right), each with the bias of its convolution where it has one (else null); all packed.
+template <class T>
+__device__ void add_relu(const T* left, const float* left_bias, const T* right, const float* right_bias, T* out, i64 n_places, int channels) {
+  constexpr int LENGTH = Vector<T>::LENGTH;
+  int vectors = channels / LENGTH;
+  for (i64 index = thread_number(); index < n_places * vectors; index += n_threads()) {
+    int channel = static_cast<int>(index % vectors) * LENGTH;
+    Vector<T> a = reinterpret_cast<const Vector<T>*>(left)[index], b = reinterpret_cast<const Vector<T>*>(right)[index];
+    float values[LENGTH];
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++) {
+      float sum = to_float(a.value[i]) + (left_bias ? left_bias[channel + i] : 0.0f);
+      values[i] = relu(sum + (to_float(b.value[i]) + (right_bias ? right_bias[channel + i] : 0.0f)));
+    }
+    reinterpret_cast<Vector<T>*>(out)[index] = vector_of<T>(values);
+  }
+}
+
+// Gradient behind a ReLU, in parts -> gradient before it, packed, and partial sums [part, channels] of the bias'. `out` is what the ReLU gave. Grid and block as for
+// bias_relu_pool_backward, with places for windows.
+template <class T>
+__device__ void relu_backward(const T* out, int pitch, const Part* parts, int n_parts, T* to, float* partial, int n_images, int places, int channels, u8* shared) {
+  constexpr int LENGTH = Vector<T>::LENGTH;
+  int vectors = channels / LENGTH, vector = blockIdx.y * blockDim.x + threadIdx.x;
+  i64 n = static_cast<i64>(n_images) * places;
+  float sum[LENGTH] = {};
+  if (vector < vectors) {
+    for (i64 place = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y; place < n; place += static_cast<i64>(gridDim.x) * blockDim.y) {
+      float values[LENGTH] = {};
+      add_parts<T>(values, parts, n_parts, place / places, place % places, vector);
+      Vector<T> output = reinterpret_cast<const Vector<T>*>(out + place * pitch)[vector];
+#pragma unroll
+      for (int i = 0; i < LENGTH; i++) {
+        if (!(to_float(output.value[i]) > 0.0f)) values[i] = 0.0f;
+      }
+      Vector<T> stored = vector_of<T>(values);
+#pragma unroll
+      for (int i = 0; i < LENGTH; i++) sum[i] += to_float(stored.value[i]);
+      reinterpret_cast<Vector<T>*>(to)[place * vectors + vector] = stored;
+    }
+  }
+  sum_block(sum, partial, vector, vectors, shared);
+}
+
+// A window of a pool: sizes, stride, padding. `rows` and `columns` are of what goes in, `out_rows` and `out_columns` of what comes out.
+struct Pool {
+  int kernel_rows, kernel_columns, stride, above, left;
+  int rows, columns, out_rows, out_columns;
+};
+
+// Where a thread stands in a map [image, row, column, vector].
+struct Position {
+  i64 image;
+  int row, column, vector;
+};
+__device__ __forceinline__ Position position(i64 index, int rows, int columns, int vectors) {
+  Position at;
+  at.vector = static_cast<int>(index % vectors);
+  index /= vectors;
+  at.column = static_cast<int>(index % columns);
+  index /= columns;
+  at.row = static_cast<int>(index % rows);
+  at.image = index / rows;
+  return at;
+}
+
+// Windows of largest values: the first in row-major order, whose number in its window goes to argmax (packed). Mean: the sum over all places, padding counted.
+template <class T, bool IS_MEAN> __device__ void pool(const T* from, T* out, int pitch, u8* argmax, Pool of, int n_images, int channels) {
+  constexpr int LENGTH = Vector<T>::LENGTH;
+  int vectors = channels / LENGTH;
+  i64 n = static_cast<i64>(n_images) * of.out_rows * of.out_columns * vectors;
+  float share = 1.0f / static_cast<float>(of.kernel_rows * of.kernel_columns);
+  for (i64 index = thread_number(); index < n; index += n_threads()) {
+    Position to = position(index, of.out_rows, of.out_columns, vectors);
+    float values[LENGTH] = {};
+    Bytes<T> places = {};
+    bool is_first = true;
+    for (int i = 0; i < of.kernel_rows; i++) {
+      int row = to.row * of.stride - of.above + i;
+      if (row < 0 || row >= of.rows) continue;
+      for (int j = 0; j < of.kernel_columns; j++) {
+        int column = to.column * of.stride - of.left + j;
+        if (column < 0 || column >= of.columns) continue;
+        Vector<T> under = reinterpret_cast<const Vector<T>*>(from)[((to.image * of.rows + row) * of.columns + column) * vectors + to.vector];
+#pragma unroll
+        for (int l = 0; l < LENGTH; l++) {
+          float value = to_float(under.value[l]);
+          if (IS_MEAN) {
+            values[l] += value;
+          } else if (is_first || value > values[l]) {
+            values[l] = value;
+            places.value[l] = static_cast<u8>(i * of.kernel_columns + j);
+          }
+        }
+        is_first = false;
+      }
+    }
+    if (IS_MEAN) {
+#pragma unroll
+      for (int l = 0; l < LENGTH; l++) values[l] *= share;
+    } else {
+      reinterpret_cast<Bytes<T>*>(argmax)[index] = places;
+    }
+    i64 place = (to.image * of.out_rows + to.row) * of.out_columns + to.column;
+    reinterpret_cast<Vector<T>*>(out + place * pitch)[to.vector] = vector_of<T>(values);
+  }
+}
+
+// The pool's gradient in parts -> that of what went in, packed: a thread adds up the windows over its place, in row-major order.
+template <class T, bool IS_MEAN>
+__device__ void pool_backward(const u8* argmax, const Part* parts, int n_parts, T* to, Pool of, int n_images, int channels) {
+  constexpr int LENGTH = Vector<T>::LENGTH;
+  int vectors = channels / LENGTH;
+  i64 n = static_cast<i64>(n_images) * of.rows * of.columns * vectors;
+  float share = 1.0f / static_cast<float>(of.kernel_rows * of.kernel_columns);
+  for (i64 index = thread_number(); index < n; index += n_threads()) {
+    Position at = position(index, of.rows, of.columns, vectors);
+    int lowest = at.row + of.above, rightmost = at.column + of.left;
+    int first_row = max(0, (lowest - of.kernel_rows + of.stride) / of.stride), last_row = min(of.out_rows - 1, lowest / of.stride);
+    int first_column = max(0, (rightmost - of.kernel_columns + of.stride) / of.stride), last_column = min(of.out_columns - 1, rightmost / of.stride);
+    float sum[LENGTH] = {};
+    for (int row = first_row; row <= last_row; row++) {
+      for (int column = first_column; column <= last_column; column++) {
+        i64 place = static_cast<i64>(row) * of.out_columns + column;
+        float values[LENGTH] = {};
+        add_parts<T>(values, parts, n_parts, at.image, place, at.vector);
+        int tap = (lowest - row * of.stride) * of.kernel_columns + rightmost - column * of.stride;
+        Bytes<T> places = {};
+        if (!IS_MEAN) places = reinterpret_cast<const Bytes<T>*>(argmax)[(at.image * of.out_rows * of.out_columns + place) * vectors + at.vector];
+#pragma unroll
+        for (int l = 0; l < LENGTH; l++) {
+          if (IS_MEAN) {
+            sum[l] += values[l] * share;
+          } else if (places.value[l] == tap) {
+            sum[l] += values[l];
+          }
+        }
+      }
+    }
+    reinterpret_cast<Vector<T>*>(to)[index] = vector_of<T>(sum);
+  }
+}
+
+// Means [image, channel] of a packed map's channels. A thread takes a vector of an image.
+template <class T> __device__ void average(const T* from, float* out, int n_images, int places, int channels) {
+  constexpr int LENGTH = Vector<T>::LENGTH;
+  int vectors = channels / LENGTH;
+  for (i64 index = thread_number(); index < static_cast<i64>(n_images) * vectors; index += n_threads()) {
+    i64 image = index / vectors;
+    float sum[LENGTH] = {};
+    for (int place = 0; place < places; place++) {
+      Vector<T> values = reinterpret_cast<const Vector<T>*>(from)[(image * places + place) * vectors + index % vectors];
+#pragma unroll
+      for (int i = 0; i < LENGTH; i++) sum[i] += to_float(values.value[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++) out[index * LENGTH + i] = sum[i] * (1.0f / static_cast<float>(places));
+  }
 }
 
 // ---- The last layer and the loss ----
@@ -568,6 +844,54 @@ FOR_EACH_STORAGE(POOL)
     head_backward(z, bias1, weight2, image_loss, logit_gradient, hidden_gradient, bias1_gradient, weight2_gradient, bias2_gradient, loss, n_images, units); \
   }
 FOR_EACH_STORAGE(HEAD)
+
+#define SPATIAL(T, suffix)                                                                                                                        \
+  extern "C" __global__ void normalise_##suffix(const u8* pixels, const i64* row, const int* change, T* out, int n_images, int rows, int columns, \
+                                                float red, float green, float blue, float of_red, float of_green, float of_blue) {                \
+    Images images = {pixels, row, change, rows, columns};                                                                                         \
+    normalise(images, {{red, green, blue}, {of_red, of_green, of_blue}}, out, n_images);                                                          \
+  }                                                                                                                                               \
+  extern "C" __global__ void fold_##suffix(const float* weight, const float* gamma, const float* beta, const float* mean, const float* variance,  \
+                                           float epsilon, T* filter, float* bias, int length) {                                                   \
+    fold(weight, gamma, beta, mean, variance, epsilon, filter, bias, length);                                                                     \
+  }                                                                                                                                               \
+  extern "C" __global__ void __launch_bounds__(128) unfold_##suffix(                                                                              \
+      const T* filter_gradient, const float* bias_gradient, const float* weight, const float* gamma, const float* mean, const float* variance,    \
+      float epsilon, float* weight_gradient, float* gamma_gradient, float* beta_gradient, int length) {                                           \
+    unfold(filter_gradient, bias_gradient, weight, gamma, mean, variance, epsilon, weight_gradient, gamma_gradient, beta_gradient, length);       \
+  }                                                                                                                                               \
+  extern "C" __global__ void bias_relu_##suffix(const T* y, const float* bias, T* out, int pitch, i64 n_places, int channels) {                   \
+    bias_relu(y, bias, out, pitch, n_places, channels);                                                                                           \
+  }                                                                                                                                               \
+  extern "C" __global__ void add_relu_##suffix(const T* left, const float* left_bias, const T* right, const float* right_bias, T* out,            \
+                                               i64 n_places, int channels) {                                                                      \
+    add_relu(left, left_bias, right, right_bias, out, n_places, channels);                                                                        \
+  }                                                                                                                                               \
+  extern "C" __global__ void __launch_bounds__(256) relu_backward_##suffix(                                                                       \
+      const T* out, int pitch, const Part* parts, int n_parts, T* to, float* partial, int n_images, int places, int channels) {                   \
+    DYNAMIC_SHARED(shared);                                                                                                                       \
+    relu_backward(out, pitch, parts, n_parts, to, partial, n_images, places, channels, shared);                                                   \
+  }                                                                                                                                               \
+  extern "C" __global__ void average_##suffix(const T* from, float* out, int n_images, int places, int channels) {                                \
+    average(from, out, n_images, places, channels);                                                                                               \
+  }
+FOR_EACH_STORAGE(SPATIAL)
+
+#define POOLS(T, suffix, name, is_mean)                                                                                                           \
+  extern "C" __global__ void name##_##suffix(const T* from, T* out, int pitch, u8* argmax, int n_images, int channels, int kernel_rows,           \
+                                             int kernel_columns, int stride, int above, int left, int rows, int columns, int out_rows,            \
+                                             int out_columns) {                                                                                   \
+    Pool of = {kernel_rows, kernel_columns, stride, above, left, rows, columns, out_rows, out_columns};                                           \
+    pool<T, is_mean>(from, out, pitch, argmax, of, n_images, channels);                                                                           \
+  }                                                                                                                                               \
+  extern "C" __global__ void name##_backward_##suffix(const u8* argmax, const Part* parts, int n_parts, T* to, int n_images, int channels,        \
+                                                      int kernel_rows, int kernel_columns, int stride, int above, int left, int rows,             \
+                                                      int columns, int out_rows, int out_columns) {                                               \
+    Pool of = {kernel_rows, kernel_columns, stride, above, left, rows, columns, out_rows, out_columns};                                           \
+    pool_backward<T, is_mean>(argmax, parts, n_parts, to, of, n_images, channels);                                                                \
+  }
+#define BOTH_POOLS(T, suffix) POOLS(T, suffix, max_pool, false) POOLS(T, suffix, mean_pool, true)
+FOR_EACH_STORAGE(BOTH_POOLS)
 
 // Sum of a column of [part, width] over the parts, by the block's threads of one threadIdx.x; the first of them (threadIdx.y 0) has it. All threads of the block call it.
 __device__ __forceinline__ float sum_column(const float* partial, int n_parts, i64 width, i64 column) {

@@ -1,20 +1,15 @@
-//! Where everything lies in the GPU's memory: pure arithmetic, so that it is tested without one.
+//! Where a convolutional row lies in the GPU's memory: pure arithmetic, so that it is tested without one.
 //!
-//! In: a convolutional row's units. Out: the place of every weight in one flat array (master weights, gradients, both moments and the copy that the
-//! matrix units read all have this order), the shapes of the feature maps, and the bytes of every buffer of a step.
-//!
-//! Channels and hidden units are filled up to a multiple of 8, which the matrix units want. What fills up has weights and biases of 0, so its outputs are 0,
-//! ReLU is closed there, its gradients are 0 and it stays 0. The first convolution is `[out, 3, 3, 3]` as in files, the others `[out, row, column, in]`,
-//! the first dense layer `[out, row, column, channel]`, as the feature map before it lies.
+//! In: its units. Out: the places of its parameters, the shapes of the feature maps, and the bytes of every buffer of a step. The first convolution is
+//! `[out, 3, 3, 3]` as in files.
 
 use shared::CHANNELS;
 
+use super::chain::TAPS_IN_MEMORY;
+use super::network::MOST_PARTS;
+use super::parameters::{FILL, Inner, Span, Spans};
 use crate::train::Precision;
 
-/// Multiple to which channels and units are filled up.
-const FILL: usize = 8;
-/// Multiple of values at which each parameter begins: 256 bytes of f32, 128 of bf16.
-const ALIGNMENT: usize = 64;
 /// Most values of a tensor: the libraries' and the kernels' sizes are i32.
 const MOST_VALUES: usize = i32::MAX as usize;
 
@@ -51,24 +46,14 @@ impl Block {
     }
 }
 
-/// A parameter's place in the flat array.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Span {
-    pub(crate) begin: usize,
-    pub(crate) length: usize,
-}
-
 /// The network in the GPU's memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     pub(crate) blocks: Vec<Block>,
     /// Hidden units, filled up.
     pub(crate) units: usize,
-    n_units: usize,
     /// `conv1.weight`, `conv1.bias`, ..., `dense2.bias`.
-    pub(crate) spans: Vec<Span>,
-    /// Length of the flat array.
-    pub(crate) n_values: usize,
+    pub(crate) spans: Spans,
 }
 
 /// Bytes of the buffers of a step.
@@ -80,20 +65,13 @@ pub(crate) struct Bytes {
     pub(crate) argmax: Vec<usize>,
     /// Convolutions' outputs and later their gradients; 0 for the first, whose output never exists.
     pub(crate) convolved: Vec<usize>,
-    /// Hidden layer before bias and ReLU, f32.
-    pub(crate) hidden: usize,
-    /// Its gradient.
-    pub(crate) hidden_gradient: usize,
-    /// Logits, their gradients, each image's loss: f32 each.
-    pub(crate) per_image: usize,
 }
 
 impl Bytes {
     #[cfg(test)]
     pub(crate) fn total(&self) -> usize {
         let lists = [&self.pooled, &self.argmax, &self.convolved];
-        let lists: usize = lists.into_iter().flatten().sum();
-        lists + self.hidden + self.hidden_gradient + 3 * self.per_image
+        lists.into_iter().flatten().sum()
     }
 }
 
@@ -114,73 +92,34 @@ impl Layout {
                 n_out,
             });
         }
-        let units = n_units.next_multiple_of(FILL);
-        let mut layout = Self {
+        let mut spans = Vec::new();
+        for (layer, block) in blocks.iter().enumerate() {
+            spans.push(if layer == 0 {
+                let (n, length) = (27 * block.n_out, 27 * block.channels);
+                Span::list(layer, n, length, true)
+            } else {
+                let inner = inner(9, block.n_in, block.channels_in);
+                Span::matrix(layer, block.n_out, block.channels, inner, true)
+            });
+            spans.push(Span::list(layer, block.n_out, block.channels, true));
+        }
+        let (units, layer) = (n_units.next_multiple_of(FILL), blocks.len());
+        let last = blocks.last().expect("a row has convolutions");
+        let inner = inner(last.pooled_side().pow(2), last.n_out, last.channels);
+        spans.push(Span::matrix(layer, n_units, units, inner, true));
+        spans.push(Span::list(layer, n_units, units, true));
+        spans.push(Span::list(layer, n_units, units, true));
+        spans.push(Span::list(layer, 1, 1, true));
+        Self {
+            spans: Spans::new(spans),
             blocks,
             units,
-            n_units,
-            spans: Vec::new(),
-            n_values: 0,
-        };
-        for block in layout.blocks.clone() {
-            layout.add(block.channels * 9 * block.channels_in);
-            layout.add(block.channels);
         }
-        layout.add(units * layout.flat());
-        layout.add(units);
-        layout.add(units);
-        layout.add(1);
-        layout
-    }
-
-    fn add(&mut self, length: usize) {
-        self.spans.push(Span {
-            begin: self.n_values,
-            length,
-        });
-        self.n_values = (self.n_values + length).next_multiple_of(ALIGNMENT);
     }
 
     /// Inputs of the first dense layer.
     pub(crate) fn flat(&self) -> usize {
         self.blocks.last().map_or(0, Block::pooled)
-    }
-
-    /// How many values parameter `index` has in the files.
-    pub(crate) fn length(&self, index: usize) -> usize {
-        let n_blocks = self.blocks.len();
-        match (index.checked_sub(2 * n_blocks), index % 2) {
-            (None, 0) => {
-                let block = self.blocks[index / 2];
-                block.n_out * block.n_in * 9
-            }
-            (None, _) => self.blocks[index / 2].n_out,
-            (Some(0), _) => {
-                let last = self.blocks[n_blocks - 1];
-                self.n_units * last.n_out * last.pooled_side().pow(2)
-            }
-            (Some(1 | 2), _) => self.n_units,
-            _ => 1,
-        }
-    }
-
-    /// Where value `at` of parameter `index`, in the files' order, stands in the flat array.
-    pub(crate) fn place(&self, index: usize, at: usize) -> usize {
-        let n_blocks = self.blocks.len();
-        let within = if index == 2 * n_blocks {
-            let last = self.blocks[n_blocks - 1];
-            let area = last.pooled_side().pow(2);
-            let (pixel, channel, unit) =
-                (at % area, at / area % last.n_out, at / area / last.n_out);
-            (unit * area + pixel) * last.channels + channel
-        } else if index > 0 && index < 2 * n_blocks && index.is_multiple_of(2) {
-            let block = self.blocks[index / 2];
-            let (tap, channel, out) = (at % 9, at / 9 % block.n_in, at / 9 / block.n_in);
-            (out * 9 + tap) * block.channels_in + channel
-        } else {
-            at
-        };
-        self.spans[index].begin + within
     }
 
     /// Bytes of the buffers for steps of `n` images.
@@ -195,17 +134,24 @@ impl Layout {
             pooled: of(Block::pooled, precision.bytes()),
             argmax: of(Block::pooled, 1),
             convolved,
-            hidden: n * self.units * 4,
-            hidden_gradient: n * self.units * precision.bytes(),
-            per_image: n * 4,
         }
+    }
+
+    /// Bytes of the scratch memory: partial sums of gradients, or the gradient of a filter in bf16.
+    pub(crate) fn scratch_bytes(&self, n_multiprocessors: usize) -> usize {
+        let of_first = 2 * n_multiprocessors * self.blocks[0].channels * TAPS_IN_MEMORY;
+        let widest = self.blocks.iter().map(|block| block.channels).max();
+        let of_bias = MOST_PARTS * widest.unwrap_or(0);
+        let filters = self.blocks.iter().skip(1);
+        let filters = filters.map(|block| 9 * block.channels_in * block.channels);
+        (4 * of_first.max(of_bias)).max(2 * filters.max().unwrap_or(0))
     }
 
     /// Bytes of the flat arrays: master weights, gradients, two moments, and the copy that the matrix units read.
     #[cfg(test)]
     pub(crate) fn parameter_bytes(&self, precision: Precision) -> usize {
         let copy = if precision == Precision::Bf16 { 2 } else { 0 };
-        self.n_values * (4 * 4 + copy)
+        self.spans.n_values * (4 * 4 + copy)
     }
 
     /// Most images of a step that the sizes allow.
@@ -215,63 +161,35 @@ impl Layout {
         let largest = pooled.chain(convolved).max().unwrap_or(1);
         (MOST_VALUES / largest).min(usize::from(u16::MAX))
     }
+}
 
-    /// The flat array's ranges whose gradients are summed over the ranks together, in the order in which the backward pass completes them: each a
-    /// layer's or several layers', at least `least` values where there are as many, with the number of the layer that completes it.
-    pub(crate) fn buckets(&self, least: usize) -> Vec<(usize, std::ops::Range<usize>)> {
-        let mut buckets = Vec::new();
-        let mut end = self.n_values;
-        // The dense layers are complete together.
-        for layer in (0..=self.blocks.len()).rev() {
-            let begin = self.spans[2 * layer].begin;
-            if end - begin >= least || layer == 0 {
-                buckets.push((layer, begin..end));
-                end = begin;
-            }
-        }
-        buckets
+/// The inner dimensions of a parameter that reads `width` channels, of which the first `n` are those of the files.
+fn inner(places: usize, n: usize, width: usize) -> Inner {
+    Inner {
+        places,
+        channels: (0..n).collect(),
+        width,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-
-    #[test]
-    fn every_value_has_a_place_of_its_own_within_its_parameter() {
-        // Units that are no multiple of 8, on a side that leaves odd edges.
-        let layout = Layout::new(29, &[5, 12, 7], 10);
-        let shapes = [5 * 27, 5, 12 * 5 * 9, 12, 7 * 12 * 9, 7, 10 * 7, 10, 10, 1];
-        assert_eq!(layout.blocks[2].pooled_side(), 1);
-        assert_eq!(layout.spans.len(), shapes.len());
-        let mut all = BTreeSet::new();
-        for (index, length) in shapes.into_iter().enumerate() {
-            let span = layout.spans[index];
-            assert_eq!(layout.length(index), length, "parameter {index}");
-            for at in 0..length {
-                let place = layout.place(index, at);
-                assert!((span.begin..span.begin + span.length).contains(&place));
-                assert!(all.insert(place));
-            }
-        }
-    }
 
     #[test]
     fn filters_lie_with_their_channels_innermost() {
         let layout = Layout::new(62, &[16, 8], 8);
         // conv2.weight [8, 16, 3, 3]: out 3, in 5, row 2, column 1.
-        let place = layout.place(2, ((3 * 16 + 5) * 3 + 2) * 3 + 1);
+        let place = layout.spans.place(2, ((3 * 16 + 5) * 3 + 2) * 3 + 1);
         assert_eq!(
             place,
-            layout.spans[2].begin + ((3 * 3 + 2) * 3 + 1) * 16 + 5
+            layout.spans.all[2].begin + ((3 * 3 + 2) * 3 + 1) * 16 + 5
         );
         // dense1.weight [8, 8 x 14 x 14]: unit 2, channel 6, row 4, column 9.
-        let place = layout.place(4, ((2 * 8 + 6) * 14 + 4) * 14 + 9);
+        let place = layout.spans.place(4, ((2 * 8 + 6) * 14 + 4) * 14 + 9);
         assert_eq!(
             place,
-            layout.spans[4].begin + ((2 * 14 + 4) * 14 + 9) * 8 + 6
+            layout.spans.all[4].begin + ((2 * 14 + 4) * 14 + 9) * 8 + 6
         );
     }
 
@@ -282,7 +200,7 @@ mod tests {
         let bytes = layout.bytes(50, Precision::Bf16);
         assert_eq!(bytes.pooled[0], 50 * 127 * 127 * 512 * 2);
         assert_eq!(bytes.convolved[1], 50 * 125 * 125 * 256 * 2);
-        assert_eq!(bytes.total(), 1_849_754_200);
+        assert_eq!(bytes.total(), 1_849_676_800);
         assert_eq!(layout.parameter_bytes(Precision::Bf16), 557_659_008);
         // The unpooled output of the first layer would allow 65; it never exists.
         assert_eq!(layout.most_images(), 260);
@@ -290,11 +208,11 @@ mod tests {
 
     #[test]
     fn buckets_cover_the_array_from_its_end() {
-        let layout = Layout::new(256, &[512, 256, 128], 256);
-        let buckets = layout.buckets(1 << 20);
+        let spans = Layout::new(256, &[512, 256, 128], 256).spans;
+        let buckets = spans.buckets(1 << 20);
         let layers: Vec<usize> = buckets.iter().map(|(layer, _)| *layer).collect();
         assert_eq!(layers, [3, 1, 0]);
-        let mut end = layout.n_values;
+        let mut end = spans.n_values;
         for (_, range) in buckets {
             assert_eq!(range.end, end);
             end = range.start;

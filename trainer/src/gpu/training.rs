@@ -15,10 +15,9 @@ use cudarc::driver::{CudaEvent, CudaStream};
 use shared::TENSOR_BYTES;
 
 use super::device::{self, Device, Memory, Pinned};
-use super::layout::Layout;
 use super::nccl::Communicator;
-use super::network::{Images, Network, Targets};
-use crate::architecture::{Architecture, Family};
+use super::network::{Base, Design, Images, Network, Targets};
+use crate::architecture::Architecture;
 use crate::batches::Change;
 use crate::cache::Cache;
 use crate::exit::{Exit, fault};
@@ -125,21 +124,6 @@ pub(crate) struct Gpu {
     is_tuned: bool,
 }
 
-/// Whether a GPU can train that row.
-///
-/// # Errors
-/// Usage: a row that only the CPU trains.
-pub(crate) fn check(architecture: &Architecture) -> Result<()> {
-    if architecture.family == Family::Convolutional {
-        return Ok(());
-    }
-    let message = format!(
-        "`{}` trains on the CPU only: --device cpu",
-        architecture.name
-    );
-    Err(fault(Exit::Usage, message))
-}
-
 /// Number of GPUs of this machine.
 pub(crate) fn count() -> usize {
     device::count()
@@ -165,21 +149,18 @@ impl Gpu {
         rows: &[usize],
         ranks: &mut Ranks,
     ) -> Result<Self> {
-        check(architecture)?;
-        let units = architecture.scaled(width);
-        let layout = Layout::new(shared::SIDE, &units.convolutions, units.dense);
-        let buckets = layout.buckets(BUCKET);
         let device = Device::open(choice.ordinal)?;
         let summed = device.event()?;
         let network = Network::new(
             device,
-            layout,
+            Design::of(architecture, width),
             shared::SIDE,
             choice.most_images.max(1),
             choice.precision,
             architecture.optimiser,
         )?;
-        let device = &network.device;
+        let buckets = network.base.parameters.spans.buckets(BUCKET);
+        let device = &network.base.device;
         let communicator = choice
             .has_communicator
             .then(|| Communicator::meet(device, ranks))
@@ -237,7 +218,7 @@ impl Gpu {
 
     /// Makes the steps of an epoch known. The first time cuDNN's plans are chosen, which takes seconds.
     pub(crate) fn begin(&mut self, steps: &[Work]) -> Result<()> {
-        let device = &self.network.device;
+        let device = &self.network.base.device;
         let mut starts = vec![0];
         let (mut numbers, mut targets, mut changes) = (Vec::new(), Vec::new(), Vec::new());
         for step in steps {
@@ -309,16 +290,16 @@ impl Gpu {
             n: end - begin,
         };
         let (communicator, buckets, summed) = (&self.communicator, &self.buckets, &self.summed);
-        let after = |network: &mut Network, layer: usize| {
+        let after = |base: &mut Base, layer: usize| {
             let Some(communicator) = communicator else {
                 return Ok(());
             };
             let Some((_, range)) = buckets.iter().find(|(last, _)| *last == layer) else {
                 return Ok(());
             };
-            summed.record(&network.device.stream)?;
+            summed.record(&base.device.stream)?;
             communicator.stream.wait(summed)?;
-            communicator.sum(&network.gradients, range.start, range.len())
+            communicator.sum(&base.parameters.gradients, range.start, range.len())
         };
         if images.n > 0 {
             self.network.gradients_of(images, targets, after)?;
@@ -326,12 +307,12 @@ impl Gpu {
             let losses = &self.epoch.as_ref().context("no epoch has begun")?.losses;
             self.network.no_gradients(losses, index)?;
             for (layer, _) in buckets {
-                after(&mut self.network, *layer)?;
+                after(&mut self.network.base, *layer)?;
             }
         }
         if let Some(communicator) = communicator {
             summed.record(&communicator.stream)?;
-            self.network.device.stream.wait(summed)?;
+            self.network.base.device.stream.wait(summed)?;
         }
         self.free_slot(slot.1)?;
         self.network.update(rate)
@@ -339,7 +320,7 @@ impl Gpu {
 
     /// Where the pixels of a step are, and in which slot; in a slot the step's work waits for the copy.
     fn pixels_of(&mut self, pixels: Option<&[u8]>) -> Result<(u64, Option<usize>)> {
-        let device = &self.network.device;
+        let device = &self.network.base.device;
         match &mut self.pixels {
             Pixels::Resident(memory, _) => Ok((memory.pointer(), None)),
             Pixels::Streamed(slots) => {
@@ -364,7 +345,7 @@ impl Gpu {
         if let (Pixels::Streamed(slots), Some(index)) = (&self.pixels, index) {
             slots.slots[index]
                 .used
-                .record(&self.network.device.stream)?;
+                .record(&self.network.base.device.stream)?;
         }
         Ok(())
     }
@@ -372,7 +353,7 @@ impl Gpu {
     /// Sends the losses of steps `begin..end`, which were put on the GPU, on their way.
     pub(crate) fn mark(&mut self, begin: usize, end: usize) -> Result<Mark> {
         let epoch = self.epoch.as_mut().context("no epoch has begun")?;
-        let device = &self.network.device;
+        let device = &self.network.base.device;
         device.download(
             &epoch.losses,
             &mut epoch.host_losses,
@@ -424,7 +405,7 @@ impl Gpu {
                     (0i64..).take(rows.len()).collect()
                 }
             };
-            let device = &self.network.device;
+            let device = &self.network.base.device;
             let memory = device.zeros(8 * numbers.len())?;
             device.write(&memory, 0, &numbers)?;
             let slot = self.pixels_of(Some(&pixels))?;
@@ -442,7 +423,7 @@ impl Gpu {
 
     /// For the record.
     pub(crate) fn figures(&self) -> Result<GpuFigures> {
-        let device = &self.network.device;
+        let device = &self.network.base.device;
         let (free, total) = device.free_and_total()?;
         Ok(GpuFigures {
             device: device.name(),

@@ -3,6 +3,8 @@
 //!
 //! `stored` is what becomes of a convolution's sum before bias, ReLU and pool see it: itself, except where a GPU writes it to memory in bf16.
 
+use crate::backbone::Window;
+
 /// A feature map `[channel, row, column]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Map {
@@ -13,6 +15,14 @@ pub(crate) struct Map {
 }
 
 impl Map {
+    /// Where the value stands at a place that padding may have moved outside.
+    fn inside(&self, channel: usize, place: [usize; 2], padding: [usize; 2]) -> Option<usize> {
+        let row = place[0].checked_sub(padding[0])?;
+        let column = place[1].checked_sub(padding[1])?;
+        let is_inside = row < self.rows && column < self.columns;
+        is_inside.then(|| (channel * self.rows + row) * self.columns + column)
+    }
+
     fn at(&self, channel: usize, row: usize, column: usize) -> f64 {
         self.values[(channel * self.rows + row) * self.columns + column]
     }
@@ -115,6 +125,139 @@ pub(crate) fn convolution_relu_pool_gradient(
         }
     }
     back
+}
+
+/// Calls `f(output place, input places by tap)` for each window over a channel; places outside are `None`.
+fn windows(
+    input: &Map,
+    channel: usize,
+    window: Window,
+    mut f: impl FnMut(usize, &[Option<usize>]),
+) {
+    let [rows, columns] = window.output([input.rows, input.columns]).unwrap();
+    for row in 0..rows {
+        for column in 0..columns {
+            let mut under = Vec::new();
+            for i in 0..window.kernel[0] {
+                for j in 0..window.kernel[1] {
+                    let place = [row * window.stride + i, column * window.stride + j];
+                    under.push(input.inside(channel, place, window.padding));
+                }
+            }
+            f(row * columns + column, &under);
+        }
+    }
+}
+
+fn output(input: &Map, channels: usize, window: Window) -> Map {
+    let [rows, columns] = window.output([input.rows, input.columns]).unwrap();
+    Map {
+        channels,
+        rows,
+        columns,
+        values: vec![0.0; channels * rows * columns],
+    }
+}
+
+/// A convolution of any window, without bias.
+pub(crate) fn convolution(input: &Map, weight: &[f64], n_out: usize, window: Window) -> Map {
+    let mut map = output(input, n_out, window);
+    let (area, taps) = (map.rows * map.columns, window.kernel[0] * window.kernel[1]);
+    for channel in 0..input.channels {
+        windows(input, channel, window, |place, under| {
+            for out in 0..n_out {
+                let kernel = &weight[(out * input.channels + channel) * taps..][..taps];
+                let pairs = kernel.iter().zip(under);
+                let products = pairs.filter_map(|(w, at)| Some(w * input.values[(*at)?]));
+                map.values[out * area + place] += products.sum::<f64>();
+            }
+        });
+    }
+    map
+}
+
+/// Gradients of its input and its weight.
+pub(crate) fn convolution_gradient(
+    input: &Map,
+    weight: &[f64],
+    window: Window,
+    gradient: &Map,
+) -> (Vec<f64>, Vec<f64>) {
+    let (area, taps) = (
+        gradient.rows * gradient.columns,
+        window.kernel[0] * window.kernel[1],
+    );
+    let mut of_input = vec![0.0; input.values.len()];
+    let mut of_weight = vec![0.0; weight.len()];
+    for channel in 0..input.channels {
+        windows(input, channel, window, |place, under| {
+            for out in 0..gradient.channels {
+                let g = gradient.values[out * area + place];
+                for (tap, at) in under.iter().enumerate() {
+                    let w = (out * input.channels + channel) * taps + tap;
+                    if let Some(at) = *at {
+                        of_input[at] += g * weight[w];
+                        of_weight[w] += g * input.values[at];
+                    }
+                }
+            }
+        });
+    }
+    (of_input, of_weight)
+}
+
+/// The first largest of a window's places.
+fn first_largest(input: &Map, under: &[Option<usize>]) -> usize {
+    let mut inside = under.iter().flatten().copied();
+    let first = inside.next().unwrap();
+    inside.fold(first, |best, at| {
+        if input.values[at] > input.values[best] {
+            at
+        } else {
+            best
+        }
+    })
+}
+
+/// The largest value of each window, or the mean of its places, those outside counted as zeros.
+pub(crate) fn pool(input: &Map, window: Window, is_mean: bool) -> Map {
+    let mut map = output(input, input.channels, window);
+    let area = map.rows * map.columns;
+    for channel in 0..input.channels {
+        windows(input, channel, window, |place, under| {
+            map.values[channel * area + place] = if is_mean {
+                let inside = under.iter().flatten().map(|at| input.values[*at]);
+                inside.sum::<f64>() / under.len() as f64
+            } else {
+                input.values[first_largest(input, under)]
+            };
+        });
+    }
+    map
+}
+
+/// The gradient of what a pool reads.
+pub(crate) fn pool_gradient(
+    input: &Map,
+    window: Window,
+    is_mean: bool,
+    gradient: &Map,
+) -> Vec<f64> {
+    let area = gradient.rows * gradient.columns;
+    let mut of_input = vec![0.0; input.values.len()];
+    for channel in 0..input.channels {
+        windows(input, channel, window, |place, under| {
+            let g = gradient.values[channel * area + place];
+            if is_mean {
+                for at in under.iter().flatten() {
+                    of_input[*at] += g / under.len() as f64;
+                }
+            } else {
+                of_input[first_largest(input, under)] += g;
+            }
+        });
+    }
+    of_input
 }
 
 mod tests {

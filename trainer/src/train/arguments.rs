@@ -122,9 +122,9 @@ impl TrainArgs {
             resume: self.resume,
             processor: Processor::Cpu,
         };
-        let (device, architecture) = (self.device.as_deref(), checked(&options)?);
-        options.processor =
-            Processor::choose(device, self.precision, architecture, options.qat_epochs > 0)?;
+        checked(&options)?;
+        let (device, has_qat) = (self.device.as_deref(), options.qat_epochs > 0);
+        options.processor = Processor::choose(device, self.precision, has_qat)?;
         Ok(options)
     }
 }

@@ -325,8 +325,10 @@ pub fn train_in(
         None if network.has_backbone() => settle(&network, options, &plan, cache)?,
         None => {}
     }
-    // Augmented images have features of their own in each epoch.
-    let keeps_features = network.is_frozen() && options.augmentation == Augmentation::default();
+    // Augmented images have features of their own in each epoch; a GPU makes them anew sooner than it could be told where they are.
+    let keeps_features = network.is_frozen()
+        && options.augmentation == Augmentation::default()
+        && options.processor == Processor::Cpu;
     let mut run = Run {
         features: keeps_features.then(Features::default),
         options,

@@ -1,16 +1,13 @@
 //! A run on the GPU: what it brings there, an epoch's steps, and what comes back.
 
 use std::collections::BTreeSet;
-use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::Diverged;
 use super::Precision;
-use super::progress::Progress;
-use super::run::Run;
+use super::run::{Record, Run};
 use crate::architecture::OptimiserKind;
 use crate::batches::{changes, for_each_batch};
 use crate::gpu::{Choice, Gpu, Mark, Work};
@@ -86,8 +83,7 @@ impl Run<'_> {
             marked: first,
             mark: None,
             is_over: false,
-            progress: Progress::new(self.plan.n_epochs, self.position.epoch, &steps, first),
-            history: self.table("history.csv")?,
+            record: self.record(&steps, first)?,
             begin: tuned,
         };
         let walked = self.walk(&mut gpu, &work, walk);
@@ -174,6 +170,7 @@ impl Run<'_> {
         // Position follows the losses; the step is ahead of it.
         let ahead = (index - walk.fetched()) as u64;
         let rate = self.rate_ahead(walk.steps.len(), ahead);
+        self.last_rate = rate;
         let rate = match self.plan.optimiser {
             OptimiserKind::Adam => adam_rate(self.position.step + ahead + 1, rate),
             #[expect(
@@ -204,29 +201,8 @@ impl Run<'_> {
             walk.is_over |= losses.pop().is_some_and(|wants_stop| wants_stop > 0.0);
         }
         for (index, loss) in (mark.begin()..).zip(losses) {
-            let n_images = walk.steps[index].len() as u64;
-            self.watch.n_images += n_images;
-            self.position.step += 1;
-            self.position.step_in_epoch = index as u64 + 1;
-            #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
-            let weighted = f64::from(loss) * n_images as f64;
-            self.position.loss_sum += weighted;
-            self.position.n_images += n_images;
-            if !loss.is_finite() {
-                let step = self.position.step;
-                return Err(Diverged { step, loss }.into());
-            }
-            if let Some(history) = &mut walk.history {
-                writeln!(
-                    history,
-                    "{},{},{loss}",
-                    self.position.step,
-                    self.position.epoch + 1
-                )
-                .context("writing history.csv")?;
-                let speed = self.watch.images_per_second_with(walk.begin.elapsed());
-                walk.progress.tell(n_images, self.mean_loss(), speed);
-            }
+            let (n_images, running) = (walk.steps[index].len(), walk.begin.elapsed());
+            self.count(index, n_images, loss, &mut walk.record, running)?;
         }
         Ok(())
     }
@@ -243,8 +219,7 @@ struct Walk<'a> {
     mark: Option<Mark>,
     /// Whether all ranks know that one wants to stop.
     is_over: bool,
-    progress: Progress,
-    history: Option<std::fs::File>,
+    record: Record,
     begin: Instant,
 }
 

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 
-use crate::architecture::Architecture;
 use crate::exit::{Exit, fault};
 
 /// How a GPU stores activations, their gradients and the weights that multiply them; sums and master weights are f32 in both.
@@ -57,29 +56,34 @@ pub struct GpuFigures {
 }
 
 impl Processor {
+    /// The GPU of this process' local rank where there is one that this build can use, else the CPU.
+    #[must_use]
+    pub fn here(precision: Precision) -> Self {
+        match n_gpus() {
+            0 => Self::Cpu,
+            n => Self::Gpu {
+                ordinal: local_rank(|name| std::env::var(name).ok()) % n,
+                precision,
+            },
+        }
+    }
+
     /// What `--device` means: `cpu`, `cuda:N`, or `cuda` and nothing for the GPU that the launcher's local rank stands for. Nothing is the CPU where there is no GPU that could do it.
     ///
     /// # Errors
-    /// Another word; a GPU for what only the CPU trains, or from a build without CUDA (exit code 69).
-    pub fn choose(
-        device: Option<&str>,
-        precision: Precision,
-        architecture: &Architecture,
-        has_qat: bool,
-    ) -> Result<Self> {
-        let local = || local_rank(|name| std::env::var(name).ok()) % n_gpus().max(1);
+    /// Another word; a GPU for what only the CPU computes, or from a build without CUDA (exit code 69).
+    pub fn choose(device: Option<&str>, precision: Precision, has_qat: bool) -> Result<Self> {
+        let here = Self::here(precision);
         let Some(device) = device else {
-            let can = n_gpus() > 0 && !has_qat && trains(architecture).is_ok();
-            let ordinal = local();
-            return Ok(if can {
-                Self::Gpu { ordinal, precision }
-            } else {
-                Self::Cpu
-            });
+            return Ok(if has_qat { Self::Cpu } else { here });
         };
         let ordinal = match device.split_once(':') {
             None if device == "cpu" => return Ok(Self::Cpu),
-            None if device == "cuda" => Some(local()),
+            None if device == "cuda" => match here {
+                Self::Gpu { ordinal, .. } => Some(ordinal),
+                // Opening it says what is missing.
+                Self::Cpu => Some(0),
+            },
             Some(("cuda", number)) => number.parse().ok(),
             _ => None,
         };
@@ -87,7 +91,7 @@ impl Processor {
             let message = format!("device `{device}`: say `cpu` or `cuda:N`");
             return Err(fault(Exit::Usage, message));
         };
-        trains(architecture)?;
+        can_be_used()?;
         if has_qat {
             let message =
                 "--qat computes on the CPU; fine-tune with it after a run on the GPU: --device cpu";
@@ -97,14 +101,15 @@ impl Processor {
     }
 }
 
-/// Whether a GPU can train that row in this build.
+/// Whether this build can use a GPU.
 #[cfg(feature = "cuda")]
-fn trains(architecture: &Architecture) -> Result<()> {
-    crate::gpu::check(architecture)
+#[expect(clippy::unnecessary_wraps, reason = "other builds refuse")]
+fn can_be_used() -> Result<()> {
+    Ok(())
 }
 
 #[cfg(not(feature = "cuda"))]
-fn trains(_architecture: &Architecture) -> Result<()> {
+fn can_be_used() -> Result<()> {
     let message = "this build computes on `cpu` only; one for GPUs is made by `cargo build --release -p trainer --features cuda`";
     Err(fault(Exit::PeerDown, message))
 }
@@ -129,13 +134,11 @@ fn local_rank(variable: impl Fn(&str) -> Option<String>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::architecture::find;
     use crate::exit::code_of;
 
     #[test]
     fn words_are_understood_or_named() {
-        let row = find("final").unwrap();
-        let choose = |device, has_qat| Processor::choose(device, Precision::Bf16, row, has_qat);
+        let choose = |device, has_qat| Processor::choose(device, Precision::Bf16, has_qat);
         assert_eq!(choose(Some("cpu"), false).unwrap(), Processor::Cpu);
         for word in ["gpu", "cuda:x", "cuda:-1", "rocm:0"] {
             let error = choose(Some(word), false).unwrap_err();

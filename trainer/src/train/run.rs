@@ -44,9 +44,15 @@ impl Watch {
 
     /// With a time that is not counted yet.
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    pub(super) fn images_per_second_with(&self, running: Duration) -> f64 {
+    fn images_per_second_with(&self, running: Duration) -> f64 {
         self.n_images as f64 / (self.training + running).as_secs_f64().max(1e-9)
     }
+}
+
+/// Where the steps of an epoch are told: `history.csv`, which rank 0 alone has, and the terminal.
+pub(super) struct Record {
+    history: Option<fs::File>,
+    progress: Progress,
 }
 
 /// A run in progress.
@@ -205,7 +211,7 @@ impl Run<'_> {
     fn epoch(&mut self, stop: &AtomicBool) -> Result<bool> {
         let steps = self.plan.steps(self.options, self.position.epoch);
         let first = usize::try_from(self.position.step_in_epoch).context("steps of an epoch")?;
-        let mut history = self.table("history.csv")?;
+        let mut record = self.record(&steps, first)?;
         // This rank's images of each step.
         let shares: Vec<std::ops::Range<usize>> = steps
             .iter()
@@ -215,7 +221,6 @@ impl Run<'_> {
         let own: Vec<Vec<usize>> = own
             .map(|(rows, share)| rows[share.clone()].to_vec())
             .collect();
-        let progress = Progress::new(self.plan.n_epochs, self.position.epoch, &steps, first);
         let (options, epoch) = (self.options, self.position.epoch);
         let (cache, weights) = (self.cache, self.plan.weights);
         let mut is_whole = true;
@@ -240,7 +245,6 @@ impl Run<'_> {
                     is_whole = false;
                     return Ok(false);
                 }
-                let n_images = steps[index].len() as u64;
                 let begin = Instant::now();
                 let step = Step {
                     own: &own[index],
@@ -249,33 +253,55 @@ impl Run<'_> {
                 };
                 let loss = self.step(batch, &step, stop.load(Ordering::Relaxed))?;
                 self.watch.training += begin.elapsed();
-                self.watch.n_images += n_images;
-                self.position.step += 1;
-                self.position.step_in_epoch = index as u64 + 1;
-                #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
-                let weighted = f64::from(loss) * n_images as f64;
-                self.position.loss_sum += weighted;
-                self.position.n_images += n_images;
-                if !loss.is_finite() {
-                    let step = self.position.step;
-                    return Err(Diverged { step, loss }.into());
-                }
-                if let Some(history) = &mut history {
-                    writeln!(history, "{},{},{loss}", self.position.step, epoch + 1)
-                        .context("writing history.csv")?;
-                    progress.tell(n_images, self.mean_loss(), self.watch.images_per_second());
-                }
+                self.count(index, steps[index].len(), loss, &mut record, Duration::ZERO)?;
                 Ok(true)
             },
         )?;
         Ok(is_whole)
     }
 
+    /// Where the steps of an epoch from `first` on are told.
+    pub(super) fn record(&self, steps: &[Vec<usize>], first: usize) -> Result<Record> {
+        Ok(Record {
+            history: self.table("history.csv")?,
+            progress: Progress::new(self.plan.n_epochs, self.position.epoch, steps, first),
+        })
+    }
+
+    /// Counts step `index` of the epoch, of `n_images` images of all ranks, and tells of it; `running` is training time that is not counted yet.
+    pub(super) fn count(
+        &mut self,
+        index: usize,
+        n_images: usize,
+        loss: f32,
+        record: &mut Record,
+        running: Duration,
+    ) -> Result<()> {
+        let n_images = n_images as u64;
+        self.watch.n_images += n_images;
+        self.position.step += 1;
+        self.position.step_in_epoch = index as u64 + 1;
+        #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
+        let weighted = f64::from(loss) * n_images as f64;
+        self.position.loss_sum += weighted;
+        self.position.n_images += n_images;
+        let (step, epoch) = (self.position.step, self.position.epoch + 1);
+        if !loss.is_finite() {
+            return Err(Diverged { step, loss }.into());
+        }
+        if let Some(history) = &mut record.history {
+            writeln!(history, "{step},{epoch},{loss}").context("writing history.csv")?;
+            let speed = self.watch.images_per_second_with(running);
+            record.progress.tell(n_images, self.mean_loss(), speed);
+        }
+        Ok(())
+    }
+
     #[expect(
         clippy::cast_precision_loss,
         reason = "counts of images are far below 2^53"
     )]
-    pub(super) fn mean_loss(&self) -> f64 {
+    fn mean_loss(&self) -> f64 {
         self.position.loss_sum / self.position.n_images as f64
     }
 
@@ -362,7 +388,7 @@ impl Run<'_> {
     }
 
     /// A table of the run folder to append to; rank 0 alone has it.
-    pub(super) fn table(&self, name: &str) -> Result<Option<fs::File>> {
+    fn table(&self, name: &str) -> Result<Option<fs::File>> {
         let is_root = self.ranks.is_root();
         is_root.then(|| append(&self.out.join(name))).transpose()
     }

@@ -9,6 +9,9 @@
 //! in training as in the exported file, and gamma and beta learn through the folding. Random weights get their statistics from the first images:
 //! [`settle`].
 
+#[cfg(test)]
+pub(crate) mod definition;
+
 use candle_core::{D, DType, Result, Tensor, Var, bail};
 
 use crate::backbone::{Backbone, Layer, Node, Source, Window};

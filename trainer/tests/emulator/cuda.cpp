@@ -281,6 +281,8 @@ std::map<std::string, Function>& functions() {
 #define BOTH(name) {#name "_bf16", make(name##_bf16)}, {#name "_f32", make(name##_f32)}
   static std::map<std::string, Function> all = {
       BOTH(conv1_forward), BOTH(conv1_backward), BOTH(bias_relu_pool), BOTH(bias_relu_pool_backward), BOTH(head_backward),
+      BOTH(normalise), BOTH(fold), BOTH(unfold), BOTH(bias_relu), BOTH(add_relu), BOTH(relu_backward), BOTH(average),
+      BOTH(max_pool), BOTH(max_pool_backward), BOTH(mean_pool), BOTH(mean_pool_backward),
       {"conv1_sum", make(conv1_sum)}, {"sum_parts", make(sum_parts)}, {"head_forward", make(head_forward)},
       {"to_f32", make(to_f32)}, {"to_bf16_copy", make(to_bf16_copy)}, {"adam", make(adam)}, {"sgd", make(sgd)},
   };

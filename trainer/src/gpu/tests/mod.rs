@@ -10,12 +10,13 @@
 
 mod emulator;
 mod reference;
+mod transfer;
 
 use self::emulator::{device, turn};
 use self::reference::{Reference, Step};
 use super::device::Memory;
 use super::layout::Layout;
-use super::network::{Images, Network, Targets};
+use super::network::{Design, Images, Network, Targets};
 use crate::architecture::OptimiserKind;
 use crate::batches::Change;
 use crate::operators::optimiser::{ADAM_EPSILON, Moments, adam_rate};
@@ -73,9 +74,9 @@ impl Case {
 
     /// Weights of few bits, so that the first layer's sums are exact.
     fn weights(&self, layout: &Layout, random: &mut Random) -> Vec<Vec<f32>> {
-        (0..layout.spans.len())
+        (0..layout.spans.all.len())
             .map(|index| {
-                let n = layout.length(index);
+                let n = layout.spans.length(index);
                 let is_weight = index.is_multiple_of(2);
                 let scale = match (is_weight, n) {
                     (false, _) => 1.0 / 64.0,
@@ -93,8 +94,8 @@ impl Case {
 
 /// Memory of the GPU with these values.
 fn memory<T: Copy>(network: &Network, values: &[T]) -> Memory {
-    let memory = network.device.zeros(size_of_val(values)).unwrap();
-    network.device.write(&memory, 0, values).unwrap();
+    let memory = network.base.device.zeros(size_of_val(values)).unwrap();
+    network.base.device.write(&memory, 0, values).unwrap();
     memory
 }
 
@@ -132,7 +133,7 @@ fn check(case: Case, precision: Precision) {
 
     let mut network = Network::new(
         device(),
-        layout,
+        Design::Chain(layout),
         case.side,
         case.n + 1,
         precision,
@@ -180,7 +181,7 @@ fn check(case: Case, precision: Precision) {
         (0..=case.convolutions.len()).rev().collect::<Vec<_>>()
     );
     let found = network.gradients().unwrap();
-    let losses: Vec<f32> = network.device.read(&kept[4], 0, 2).unwrap();
+    let losses: Vec<f32> = network.base.device.read(&kept[4], 0, 2).unwrap();
     let logits = network.logits(images).unwrap();
 
     let reference = Reference {
@@ -301,10 +302,10 @@ fn optimisers_are_those_of_the_cpu() {
         let mut random = Random::new(3, 0);
         let layout = Layout::new(30, &[12, 5], 6);
         let mut draw = |index: usize| -> Vec<f32> {
-            let n = layout.length(index);
+            let n = layout.spans.length(index);
             (0..n).map(|_| random.uniform() as f32 - 0.5).collect()
         };
-        let n = layout.spans.len();
+        let n = layout.spans.all.len();
         let weights: Vec<Vec<f32>> = (0..n).map(&mut draw).collect();
         let moments: Vec<Moments> = (0..n)
             .map(|index| Moments {
@@ -313,15 +314,20 @@ fn optimisers_are_those_of_the_cpu() {
             })
             .collect();
         let gradients: Vec<Vec<f32>> = (0..n).map(&mut draw).collect();
-        let mut flat = vec![0f32; layout.n_values];
+        let mut flat = vec![0f32; layout.spans.n_values];
         for (index, values) in gradients.iter().enumerate() {
             for (at, value) in values.iter().enumerate() {
-                flat[layout.place(index, at)] = *value;
+                flat[layout.spans.place(index, at)] = *value;
             }
         }
-        let mut network = Network::new(device(), layout, 30, 1, precision, optimiser).unwrap();
+        let mut network =
+            Network::new(device(), Design::Chain(layout), 30, 1, precision, optimiser).unwrap();
         network.set(&weights, &moments).unwrap();
-        network.device.write(&network.gradients, 0, &flat).unwrap();
+        network
+            .base
+            .device
+            .write(&network.base.parameters.gradients, 0, &flat)
+            .unwrap();
         let rate = adam_rate(7, 0.01);
         network.update(rate).unwrap();
         let (after, after_moments) = network.get().unwrap();
@@ -357,8 +363,15 @@ fn nan_is_not_hidden_by_pool_or_relu() {
         let layout = Layout::new(30, &[8, 8], 8);
         let mut weights = CASE.weights(&layout, &mut Random::new(1, 0));
         weights[1].fill(f32::NAN);
-        let mut network =
-            Network::new(device(), layout, 30, 1, precision, OptimiserKind::Sgd).unwrap();
+        let mut network = Network::new(
+            device(),
+            Design::Chain(layout),
+            30,
+            1,
+            precision,
+            OptimiserKind::Sgd,
+        )
+        .unwrap();
         network.set(&weights, &[]).unwrap();
         let (pixels, numbers) = (memory(&network, &[9u8; 2700]), memory(&network, &[0i64]));
         let images = Images {

@@ -21,7 +21,7 @@ pub(super) struct Step {
 }
 
 /// To 8 bits of mantissa, to nearest, ties to even.
-fn bf16(value: f64) -> f64 {
+pub(super) fn bf16(value: f64) -> f64 {
     let bits = (value as f32).to_bits();
     f64::from(f32::from_bits(
         (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF_0000,
