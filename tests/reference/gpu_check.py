@@ -325,7 +325,7 @@ def transfer_speed():
 
 def transfer_beside_cpu():
     for model in ["resnet50", "inception-v3"]:
-        options = [*order("transfer-cpu.csv", 8, ORDERED[1], N_IMAGES), "--model", model, "--random-init", "--width", WIDTH, "--seed", "3"]
+        options = [*order("transfer-cpu.csv", 8, ORDERED[1], N_IMAGES), "--model", model, "--random-init", "--width", WIDTH, "--seed", "3", "--learning-rate", "0.0001"]
         if not train(f"{model}-cpu", *options, "--device", "cpu"):
             continue
         for precision, bound in [("f32", F32_ALL), ("bf16", BF16_ALL)]:

@@ -241,7 +241,7 @@ fn check(backbone: &Backbone, side: usize, bounds: [(f64, f64); 2]) {
             expected.loss
         );
         let gradients = network.gradients().unwrap();
-        let (mut largest, mut n_closed) = (0f64, 0);
+        let mut n_closed = 0;
         for (name, found) in names.iter().zip(&gradients) {
             if name.contains(".running_") {
                 assert!(found.is_empty());
@@ -249,7 +249,6 @@ fn check(backbone: &Backbone, side: usize, bounds: [(f64, f64); 2]) {
             }
             let expected = &expected.gradients[name];
             let apart = distance(found, expected);
-            largest = largest.max(apart);
             assert!(
                 apart < far,
                 "{precision:?}: gradient of {name} differs by {apart:e}"
@@ -261,7 +260,6 @@ fn check(backbone: &Backbone, side: usize, bounds: [(f64, f64); 2]) {
             20 * n_closed < names.len(),
             "{n_closed} gradients are nothing"
         );
-        eprintln!("{precision:?}: gradients differ by at most {largest:e}, {n_closed} nothing");
     }
 }
 
@@ -340,9 +338,12 @@ fn follow(architecture: &'static Architecture, side: usize, precision: Precision
         );
     }
     let (after, after_moments) = gpu.get().unwrap();
-    let all = cpu.parameters().iter().zip(before.iter().zip(&after));
-    for ((parameter, (before, after)), moments) in all.zip(&after_moments) {
-        assert_eq!(parameter.is_trained, before != after, "{}", parameter.name);
+    let on_cpu = values(&cpu);
+    let pairs = before.iter().zip(&on_cpu).zip(&after);
+    let all = cpu.parameters().iter().zip(pairs).zip(&after_moments);
+    for ((parameter, ((before, on_cpu), on_gpu)), moments) in all {
+        // Of four channels all may be closed: then nothing is learned here or there.
+        assert_eq!(before == on_cpu, before == on_gpu, "{}", parameter.name);
         assert_eq!(parameter.is_trained, !moments.first.is_empty());
     }
 }
@@ -360,8 +361,8 @@ fn steps_of_transfer_learners_follow_the_cpu() {
         (find("inception-v3").unwrap(), 79),
         (unfrozen, 79),
     ] {
-        follow(architecture, side, Precision::F32, 1e-4);
-        follow(architecture, side, Precision::Bf16, 0.5);
+        follow(architecture, side, Precision::F32, 1e-5);
+        follow(architecture, side, Precision::Bf16, 1e-2);
     }
 }
 
