@@ -76,7 +76,7 @@ pub(crate) struct Base {
 #[derive(Debug)]
 enum Body {
     Chain(Chain),
-    Transfer(Transfer),
+    Transfer(Box<Transfer>),
 }
 
 /// What a body is made from.
@@ -163,7 +163,7 @@ impl Network {
                 let scratch = Transfer::scratch_bytes(&graph, precision.bytes());
                 let base = base(graph.spans.clone(), false, graph.n_features(), scratch)?;
                 let transfer = Transfer::new(&base, graph)?;
-                (base, Body::Transfer(transfer))
+                (base, Body::Transfer(Box::new(transfer)))
             }
         };
         Ok(Self {
