@@ -29,6 +29,9 @@ pub(crate) struct Step {
     pub(crate) gradients: Values,
 }
 
+/// Gradients of a folded filter and its bias.
+type Sums = (Vec<f64>, Vec<f64>);
+
 /// A convolution with its normalisation: filter, bias, and what they were made of.
 struct Folded {
     filter: Vec<f64>,
@@ -55,7 +58,7 @@ impl Definition<'_> {
                 .map(|(name, w)| (name.clone(), vec![0.0; w.len()]))
                 .collect(),
         };
-        let mut sums: Vec<(Vec<f64>, Vec<f64>)> = folded
+        let mut sums: Vec<Sums> = folded
             .iter()
             .map(|folded| {
                 let n = |values: fn(&Folded) -> usize| vec![0.0; folded.as_ref().map_or(0, values)];
@@ -250,7 +253,7 @@ impl Definition<'_> {
         image: &Map,
         maps: &[Map],
         folded: &[Option<Folded>],
-        (sums, gradients): (&mut [(Vec<f64>, Vec<f64>)], &mut Values),
+        (sums, gradients): (&mut [Sums], &mut Values),
     ) {
         let features = &maps[maps.len() - 1].values;
         let last = &self.weights["fc.weight"];
