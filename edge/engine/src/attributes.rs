@@ -7,7 +7,7 @@ use crate::gemm::{self, Gemm};
 use crate::kernels::{Kernel, Levels};
 use crate::mean::Mean;
 use crate::operator::Layer;
-use crate::sum::Sum;
+use crate::sum::{Sum, SumTable};
 
 /// Operator type of a quantized convolution.
 pub(crate) const CONVOLUTION: &str = "QuantizedConvolution";
@@ -119,7 +119,7 @@ pub(crate) fn layer(node: &NodeProto) -> Option<Layer> {
     let node = Attributes(node);
     match node.0.op_type.as_str() {
         CONVOLUTION => node.convolution().map(Layer::Convolution),
-        SUM => node.sum().map(Layer::Sum),
+        SUM => node.sum().map(|sum| Layer::Sum(SumTable::new(&sum))),
         MEAN => node.mean().map(Layer::Mean),
         GEMM => node.gemm().map(Layer::Gemm),
         _ => None,

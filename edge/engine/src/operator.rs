@@ -18,7 +18,7 @@ use crate::attributes::{self, layer};
 use crate::convolution::GeneralConvolution;
 use crate::gemm::Gemm;
 use crate::mean::Mean;
-use crate::sum::Sum;
+use crate::sum::SumTable;
 
 /// Makes tract know the operators.
 pub(crate) fn register(onnx: &mut Onnx) {
@@ -38,7 +38,7 @@ pub(crate) enum Layer {
     /// u8 to u8.
     Convolution(GeneralConvolution),
     /// Two u8 to u8.
-    Sum(Sum),
+    Sum(SumTable),
     /// u8 to u8.
     Mean(Mean),
     /// u8 to u8, or to f32 where it is the last.
@@ -124,7 +124,8 @@ impl Operator {
         match &*self.0 {
             Layer::Convolution(convolution) => convolution.parameter_bytes(),
             Layer::Gemm(gemm) => gemm.parameter_bytes(),
-            Layer::Sum(_) | Layer::Mean(_) => 0,
+            Layer::Sum(sum) => sum.bytes(),
+            Layer::Mean(_) => 0,
         }
     }
 
