@@ -35,36 +35,28 @@ const CHANNELS: usize = 4;
 /// See [`super::conv_row`].
 #[target_feature(enable = "neon")]
 pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
+    let out = &mut [out, &mut []];
     for column in 0..row.n_columns {
-        tile(row, column, out);
+        tile::<true>(row, column, Levels::default(), out);
     }
-}
-
-#[target_feature(enable = "neon")]
-fn tile(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
-    let [a, b, c, d] = sums(row, column);
-    let highest = vmaxq_s32(vmaxq_s32(a, b), vmaxq_s32(c, d));
-    let ([bias], [scale], [pixel]) = (row.bias(), row.scale(), row.pixel(column, out));
-    *pixel = requantize(vaddq_s32(highest, load_i32(bias)), scale);
 }
 
 /// See [`super::conv_rows`].
 #[target_feature(enable = "neon")]
 pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
-    let ([bias], [scale]) = (row.bias(), row.scale());
-    let bias = load_i32(bias);
     for column in 0..row.n_columns {
-        for (position, sum) in sums(row, column).into_iter().enumerate() {
-            let [pixel] = row.pixel(2 * column + position % 2, out[position / 2]);
-            *pixel = requantize_to(vaddq_s32(sum, bias), scale, levels);
-        }
+        tile::<false>(row, column, levels, &mut out);
     }
 }
 
-/// The sums at the four positions of a window, less bias.
-#[inline]
+/// One window, pooled to the first of `out`, or its two rows.
 #[target_feature(enable = "neon")]
-fn sums(row: &ConvRow<'_>, column: usize) -> [int32x4_t; POSITIONS] {
+fn tile<const IS_POOLED: bool>(
+    row: &ConvRow<'_>,
+    column: usize,
+    levels: Levels,
+    out: &mut [&mut [u8]; 2],
+) {
     let mut sums = [[vdupq_n_s32(0); CHANNELS]; POSITIONS];
     for kernel_row in 0..row.kernel_rows() {
         let window = row.window::<16>(kernel_row, column);
@@ -79,7 +71,20 @@ fn sums(row: &ConvRow<'_>, column: usize) -> [int32x4_t; POSITIONS] {
         }
     }
     let [a, b, c, d] = sums;
-    [sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)]
+    let sums = [sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)];
+    let ([bias], [scale]) = (row.bias(), row.scale());
+    let bias = load_i32(bias);
+    if IS_POOLED {
+        let [a, b, c, d] = sums;
+        let highest = vmaxq_s32(vmaxq_s32(a, b), vmaxq_s32(c, d));
+        let [pixel] = row.pixel(column, out[0]);
+        *pixel = requantize(vaddq_s32(highest, bias), scale);
+        return;
+    }
+    for (position, sum) in sums.into_iter().enumerate() {
+        let [pixel] = row.pixel(2 * column + position % 2, out[position / 2]);
+        *pixel = requantize_to(vaddq_s32(sum, bias), scale, levels);
+    }
 }
 
 /// The lanes of four vectors added up, one sum a lane.

@@ -26,71 +26,37 @@ pub(super) const GEOMETRY: Geometry = Geometry {
 /// See [`super::conv_row`].
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
-    match row.bias.len() {
-        4 => (0..row.n_columns).for_each(|column| tile::<1>(row, column, out)),
-        8 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
-        12 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
-        16 => (0..row.n_columns).for_each(|column| tile::<4>(row, column, out)),
-        20 => (0..row.n_columns).for_each(|column| tile::<5>(row, column, out)),
-        24 => (0..row.n_columns).for_each(|column| tile::<6>(row, column, out)),
-        n => panic!("a block of {n} channels was not packed for this kernel"),
-    }
-}
-
-/// One pooled column of `VECTORS` x 4 channels.
-#[target_feature(enable = "neon,dotprod")]
-fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
-    let [a, b, c, d] = sums::<VECTORS>(row, column);
-    for (v, (bytes, scale)) in row
-        .pixel::<4, VECTORS>(column, out)
-        .iter_mut()
-        .zip(row.scale::<4, VECTORS>())
-        .enumerate()
-    {
-        let highest = vmaxq_s32(vmaxq_s32(a[v], b[v]), vmaxq_s32(c[v], d[v]));
-        *bytes = requantize(highest, scale);
-    }
+    columns::<true>(row, Levels::default(), [out, &mut []]);
 }
 
 /// See [`super::conv_rows`].
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
-    let out = &mut out;
+pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, out: [&mut [u8]; 2]) {
+    columns::<false>(row, levels, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+fn columns<const IS_POOLED: bool>(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+    let (columns, out) = (0..row.n_columns, &mut out);
     match row.bias.len() {
-        4 => (0..row.n_columns).for_each(|column| window::<1>(row, column, levels, out)),
-        8 => (0..row.n_columns).for_each(|column| window::<2>(row, column, levels, out)),
-        12 => (0..row.n_columns).for_each(|column| window::<3>(row, column, levels, out)),
-        16 => (0..row.n_columns).for_each(|column| window::<4>(row, column, levels, out)),
-        20 => (0..row.n_columns).for_each(|column| window::<5>(row, column, levels, out)),
-        24 => (0..row.n_columns).for_each(|column| window::<6>(row, column, levels, out)),
+        4 => columns.for_each(|column| tile::<1, IS_POOLED>(row, column, levels, out)),
+        8 => columns.for_each(|column| tile::<2, IS_POOLED>(row, column, levels, out)),
+        12 => columns.for_each(|column| tile::<3, IS_POOLED>(row, column, levels, out)),
+        16 => columns.for_each(|column| tile::<4, IS_POOLED>(row, column, levels, out)),
+        20 => columns.for_each(|column| tile::<5, IS_POOLED>(row, column, levels, out)),
+        24 => columns.for_each(|column| tile::<6, IS_POOLED>(row, column, levels, out)),
         n => panic!("a block of {n} channels was not packed for this kernel"),
     }
 }
 
-/// The four positions of a window, not pooled.
+/// One window of `VECTORS` x 4 channels: pooled to the first of `out`, or its two rows.
 #[target_feature(enable = "neon,dotprod")]
-fn window<const VECTORS: usize>(
+fn tile<const VECTORS: usize, const IS_POOLED: bool>(
     row: &ConvRow<'_>,
     column: usize,
     levels: Levels,
     out: &mut [&mut [u8]; 2],
 ) {
-    for (position, sums) in sums::<VECTORS>(row, column).into_iter().enumerate() {
-        let pixel = row.pixel::<4, VECTORS>(2 * column + position % 2, out[position / 2]);
-        let scales = row.scale::<4, VECTORS>();
-        for ((bytes, scale), sum) in pixel.iter_mut().zip(scales).zip(sums) {
-            *bytes = requantize_to(sum, scale, levels);
-        }
-    }
-}
-
-/// The sums at the four positions of a window, bias included.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-fn sums<const VECTORS: usize>(
-    row: &ConvRow<'_>,
-    column: usize,
-) -> [[int32x4_t; VECTORS]; POSITIONS] {
     let mut sums = [[vdupq_n_s32(0); VECTORS]; POSITIONS];
     for (v, bias) in row.bias::<4, VECTORS>().iter().enumerate() {
         let bias = load_i32(bias);
@@ -119,7 +85,22 @@ fn sums<const VECTORS: usize>(
             add_lane::<VECTORS, 3>(&mut sums, activations, fourth);
         }
     }
-    sums
+    let scales = row.scale::<4, VECTORS>();
+    if IS_POOLED {
+        let [a, b, c, d] = sums;
+        let pixel = row.pixel::<4, VECTORS>(column, out[0]);
+        for (v, (bytes, scale)) in pixel.iter_mut().zip(scales).enumerate() {
+            let highest = vmaxq_s32(vmaxq_s32(a[v], b[v]), vmaxq_s32(c[v], d[v]));
+            *bytes = requantize(highest, scale);
+        }
+        return;
+    }
+    for (position, sums) in sums.into_iter().enumerate() {
+        let pixel = row.pixel::<4, VECTORS>(2 * column + position % 2, out[position / 2]);
+        for ((bytes, scale), sum) in pixel.iter_mut().zip(scales).zip(sums) {
+            *bytes = requantize_to(sum, scale, levels);
+        }
+    }
 }
 
 /// Four activations of each position, those of lane `LANE`, times their weights.

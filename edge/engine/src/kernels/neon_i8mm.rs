@@ -35,83 +35,35 @@ type Square = int32x4_t;
 /// See [`super::conv_row`].
 #[target_feature(enable = "neon,i8mm")]
 pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
-    match row.bias.len() {
-        4 => (0..row.n_columns).for_each(|column| tile::<1>(row, column, out)),
-        8 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
-        12 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
-        16 => (0..row.n_columns).for_each(|column| tile::<4>(row, column, out)),
-        n => panic!("a block of {n} channels was not packed for this kernel"),
-    }
-}
-
-/// One pooled column of `VECTORS` x 4 channels.
-#[target_feature(enable = "neon,i8mm")]
-fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
-    let [top, bottom] = sums::<VECTORS>(row, column);
-    let parameters = row
-        .bias::<4, VECTORS>()
-        .iter()
-        .zip(row.scale::<4, VECTORS>());
-    for (v, (bytes, (bias, scale))) in row
-        .pixel::<4, VECTORS>(column, out)
-        .iter_mut()
-        .zip(parameters)
-        .enumerate()
-    {
-        let [a, b] = [
-            vmaxq_s32(top[v][0], bottom[v][0]),
-            vmaxq_s32(top[v][1], bottom[v][1]),
-        ];
-        let a = vmax_s32(vget_low_s32(a), vget_high_s32(a));
-        let b = vmax_s32(vget_low_s32(b), vget_high_s32(b));
-        *bytes = requantize(vaddq_s32(vcombine_s32(a, b), load_i32(bias)), scale);
-    }
+    columns::<true>(row, Levels::default(), [out, &mut []]);
 }
 
 /// See [`super::conv_rows`].
 #[target_feature(enable = "neon,i8mm")]
-pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
-    let out = &mut out;
+pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, out: [&mut [u8]; 2]) {
+    columns::<false>(row, levels, out);
+}
+
+#[target_feature(enable = "neon,i8mm")]
+fn columns<const IS_POOLED: bool>(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
+    let (columns, out) = (0..row.n_columns, &mut out);
     match row.bias.len() {
-        4 => (0..row.n_columns).for_each(|column| window::<1>(row, column, levels, out)),
-        8 => (0..row.n_columns).for_each(|column| window::<2>(row, column, levels, out)),
-        12 => (0..row.n_columns).for_each(|column| window::<3>(row, column, levels, out)),
-        16 => (0..row.n_columns).for_each(|column| window::<4>(row, column, levels, out)),
+        4 => columns.for_each(|column| tile::<1, IS_POOLED>(row, column, levels, out)),
+        8 => columns.for_each(|column| tile::<2, IS_POOLED>(row, column, levels, out)),
+        12 => columns.for_each(|column| tile::<3, IS_POOLED>(row, column, levels, out)),
+        16 => columns.for_each(|column| tile::<4, IS_POOLED>(row, column, levels, out)),
         n => panic!("a block of {n} channels was not packed for this kernel"),
     }
 }
 
-/// The four positions of a window, not pooled.
+/// One window of `VECTORS` x 4 channels: pooled to the first of `out`, or its two rows.
 #[target_feature(enable = "neon,i8mm")]
-fn window<const VECTORS: usize>(
+fn tile<const VECTORS: usize, const IS_POOLED: bool>(
     row: &ConvRow<'_>,
     column: usize,
     levels: Levels,
     out: &mut [&mut [u8]; 2],
 ) {
-    let parameters = || {
-        row.bias::<4, VECTORS>()
-            .iter()
-            .zip(row.scale::<4, VECTORS>())
-    };
-    for (sums, out) in sums::<VECTORS>(row, column).into_iter().zip(out) {
-        let left = row.pixel::<4, VECTORS>(2 * column, out);
-        for ((bytes, [a, b]), (bias, scale)) in left.iter_mut().zip(sums).zip(parameters()) {
-            let sum = vcombine_s32(vget_low_s32(a), vget_low_s32(b));
-            *bytes = requantize_to(vaddq_s32(sum, load_i32(bias)), scale, levels);
-        }
-        let right = row.pixel::<4, VECTORS>(2 * column + 1, out);
-        for ((bytes, [a, b]), (bias, scale)) in right.iter_mut().zip(sums).zip(parameters()) {
-            let sum = vcombine_s32(vget_high_s32(a), vget_high_s32(b));
-            *bytes = requantize_to(vaddq_s32(sum, load_i32(bias)), scale, levels);
-        }
-    }
-}
-
-/// The sums of a window less bias, for each of its two rows and each vector of channels two squares.
-#[inline]
-#[target_feature(enable = "neon,i8mm")]
-fn sums<const VECTORS: usize>(row: &ConvRow<'_>, column: usize) -> [[[Square; 2]; VECTORS]; 2] {
     // Two rows of positions, and for each vector of channels two squares.
     let mut sums: [[[Square; 2]; VECTORS]; 2] = [[[vdupq_n_s32(0); 2]; VECTORS]; 2];
     for kernel_row in 0..row.kernel_rows() {
@@ -129,7 +81,34 @@ fn sums<const VECTORS: usize>(row: &ConvRow<'_>, column: usize) -> [[[Square; 2]
             add_group(&mut sums, [high_halves(a, b), high_halves(c, d)], high);
         }
     }
-    sums
+    let parameters = || {
+        let bias = row.bias::<4, VECTORS>().iter();
+        bias.zip(row.scale::<4, VECTORS>())
+    };
+    if IS_POOLED {
+        let [top, bottom] = sums;
+        let pixel = row.pixel::<4, VECTORS>(column, out[0]).iter_mut();
+        for (v, (bytes, (bias, scale))) in pixel.zip(parameters()).enumerate() {
+            let a = vmaxq_s32(top[v][0], bottom[v][0]);
+            let b = vmaxq_s32(top[v][1], bottom[v][1]);
+            let a = vmax_s32(vget_low_s32(a), vget_high_s32(a));
+            let b = vmax_s32(vget_low_s32(b), vget_high_s32(b));
+            *bytes = requantize(vaddq_s32(vcombine_s32(a, b), load_i32(bias)), scale);
+        }
+        return;
+    }
+    for (sums, out) in sums.into_iter().zip(out) {
+        let left = row.pixel::<4, VECTORS>(2 * column, out);
+        for ((bytes, [a, b]), (bias, scale)) in left.iter_mut().zip(sums).zip(parameters()) {
+            let sum = vcombine_s32(vget_low_s32(a), vget_low_s32(b));
+            *bytes = requantize_to(vaddq_s32(sum, load_i32(bias)), scale, levels);
+        }
+        let right = row.pixel::<4, VECTORS>(2 * column + 1, out);
+        for ((bytes, [a, b]), (bias, scale)) in right.iter_mut().zip(sums).zip(parameters()) {
+            let sum = vcombine_s32(vget_high_s32(a), vget_high_s32(b));
+            *bytes = requantize_to(vaddq_s32(sum, load_i32(bias)), scale, levels);
+        }
+    }
 }
 
 /// Eight activations of each position times their weights.

@@ -42,7 +42,7 @@ pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
 }
 
 /// What the integers of an output stand for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Levels {
     /// The zero point.
     pub(crate) zero: u8,

@@ -9,60 +9,39 @@ macro_rules! tile_256 {
         /// See [`super::conv_row`].
         #[target_feature(enable = $features)]
         pub(super) fn conv_row(row: &ConvRow<'_>, out: &mut [u8]) {
-            match row.bias.len() {
-                8 => (0..row.n_columns).for_each(|column| tile::<1>(row, column, out)),
-                16 => (0..row.n_columns).for_each(|column| tile::<2>(row, column, out)),
-                24 => (0..row.n_columns).for_each(|column| tile::<3>(row, column, out)),
-                n => panic!("a block of {n} channels was not packed for this kernel"),
-            }
-        }
-
-        /// One pooled column of `VECTORS` x 8 channels.
-        #[target_feature(enable = $features)]
-        fn tile<const VECTORS: usize>(row: &ConvRow<'_>, column: usize, out: &mut [u8]) {
-            let [a, b, c, d] = sums::<VECTORS>(row, column);
-            let pixel = row.pixel::<8, VECTORS>(column, out);
-            for (v, (bytes, scale)) in pixel.iter_mut().zip(row.scale::<8, VECTORS>()).enumerate() {
-                pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
-            }
+            columns::<true>(row, Levels::default(), [out, &mut []]);
         }
 
         /// See [`super::conv_rows`].
         #[target_feature(enable = $features)]
-        pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, mut out: [&mut [u8]; 2]) {
-            let out = &mut out;
+        pub(super) fn conv_rows(row: &ConvRow<'_>, levels: Levels, out: [&mut [u8]; 2]) {
+            columns::<false>(row, levels, out);
+        }
+
+        #[target_feature(enable = $features)]
+        fn columns<const IS_POOLED: bool>(
+            row: &ConvRow<'_>,
+            levels: Levels,
+            mut out: [&mut [u8]; 2],
+        ) {
+            let (columns, out) = (0..row.n_columns, &mut out);
             match row.bias.len() {
-                8 => (0..row.n_columns).for_each(|column| window::<1>(row, column, levels, out)),
-                16 => (0..row.n_columns).for_each(|column| window::<2>(row, column, levels, out)),
-                24 => (0..row.n_columns).for_each(|column| window::<3>(row, column, levels, out)),
+                8 => columns.for_each(|column| tile::<1, IS_POOLED>(row, column, levels, out)),
+                16 => columns.for_each(|column| tile::<2, IS_POOLED>(row, column, levels, out)),
+                24 => columns.for_each(|column| tile::<3, IS_POOLED>(row, column, levels, out)),
                 n => panic!("a block of {n} channels was not packed for this kernel"),
             }
         }
 
-        /// The four positions of a window, not pooled.
+        /// One window of `VECTORS` x 8 channels: pooled to the first of `out`, or its two rows. One function for both, because the compiler does not inline
+        /// one that returns the sums, which then leave the registers.
         #[target_feature(enable = $features)]
-        fn window<const VECTORS: usize>(
+        fn tile<const VECTORS: usize, const IS_POOLED: bool>(
             row: &ConvRow<'_>,
             column: usize,
             levels: Levels,
             out: &mut [&mut [u8]; 2],
         ) {
-            for (position, sums) in sums::<VECTORS>(row, column).into_iter().enumerate() {
-                let pixel = row.pixel::<8, VECTORS>(2 * column + position % 2, out[position / 2]);
-                let scales = row.scale::<8, VECTORS>();
-                for ((bytes, scale), sum) in pixel.iter_mut().zip(scales).zip(sums) {
-                    requantize_and_store(sum, scale, levels, bytes);
-                }
-            }
-        }
-
-        /// The sums at the four positions of a window, bias included.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn sums<const VECTORS: usize>(
-            row: &ConvRow<'_>,
-            column: usize,
-        ) -> [[__m256i; VECTORS]; POSITIONS] {
             let mut sums = [[_mm256_setzero_si256(); VECTORS]; POSITIONS];
             for (v, bias) in row.bias::<8, VECTORS>().iter().enumerate() {
                 let bias = load_i32(bias);
@@ -82,7 +61,21 @@ macro_rules! tile_256 {
                     }
                 }
             }
-            sums
+            let scales = row.scale::<8, VECTORS>();
+            if IS_POOLED {
+                let [a, b, c, d] = sums;
+                let pixel = row.pixel::<8, VECTORS>(column, out[0]);
+                for (v, (bytes, scale)) in pixel.iter_mut().zip(scales).enumerate() {
+                    pool_and_store([a[v], b[v], c[v], d[v]], scale, bytes);
+                }
+                return;
+            }
+            for (position, sums) in sums.into_iter().enumerate() {
+                let pixel = row.pixel::<8, VECTORS>(2 * column + position % 2, out[position / 2]);
+                for ((bytes, scale), sum) in pixel.iter_mut().zip(scales).zip(sums) {
+                    requantize_and_store(sum, scale, levels, bytes);
+                }
+            }
         }
     };
 }
