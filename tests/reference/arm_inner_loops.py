@@ -13,7 +13,7 @@ import sys
 
 # Kernel: symbol, multiplication, multiply-accumulates of one, CPU, most multiply-accumulates a cycle of that CPU.
 KERNELS = {
-    "neon": ("4neon8conv_row", "sadalp", 16, "cortex-a72", 8),
+    "neon": ("kernels4neon", "sadalp", 16, "cortex-a72", 8),
     "neon-dot": ("8neon_dot", "sdot", 16, "neoverse-n1", 32),
 }
 
