@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use tokio::net::TcpListener;
@@ -32,6 +32,8 @@ use crate::{commitment, operate, page, send, vital};
 
 /// Threads of the runtime; the network and the worker have their own.
 const RUNTIME_THREADS: usize = 2;
+/// How long a stop waits for exchanges and writes that block.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
 /// Changes that a listening browser may lag behind; more are told as one.
 const PAGE_CHANGES: usize = 16;
 
@@ -90,7 +92,10 @@ pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
         .build()
         .context("starting the runtime")
         .map_err(failure(Exit::Unavailable))?;
-    runtime.block_on(serve(config, arguments.config.clone()))
+    let done = runtime.block_on(serve(config, arguments.config.clone()));
+    // What blocks is durable or is done again; a webhook that does not answer holds no stop up.
+    runtime.shutdown_timeout(STOP_PATIENCE);
+    done
 }
 
 /// `edge check`.
@@ -149,9 +154,30 @@ fn load(path: Option<&Path>) -> Result<Config, Failure> {
 }
 
 async fn serve(config: Config, path: Option<PathBuf>) -> Result<Exit, Failure> {
-    let mut signals = Signals::new().map_err(failure(Exit::Unavailable))?;
+    let signals = Signals::new().map_err(failure(Exit::Unavailable))?;
     let spool = open_spool(&config)?;
     let store = decide::node::open_store(&config, &spool)?;
+    // Whatever else is wrong: where the database is, too, the next start finds out and makes it anew, instead of failing again.
+    let suspected = Arc::clone(&store);
+    vital::before_the_end(move || suspected.suspect());
+    let done = work(config, path, signals, spool, Arc::clone(&store)).await;
+    if done
+        .as_ref()
+        .is_err_and(|failure| failure.exit != Exit::Configuration)
+    {
+        store.suspect();
+    }
+    done
+}
+
+/// Starts every part, and works until the node stops.
+async fn work(
+    config: Config,
+    path: Option<PathBuf>,
+    mut signals: Signals,
+    spool: Arc<Spool>,
+    store: Arc<Store>,
+) -> Result<Exit, Failure> {
     let outbox = send::node::open_outbox(&store)?;
     let (listener, dicom_address) = dicom_listener(&config)?;
     let audit = Arc::new(operate::watch::open_audit(&config)?);

@@ -6,6 +6,9 @@
 
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::pin::pin;
+use std::sync::OnceLock;
+
+static BEFORE_THE_END: OnceLock<Box<dyn Fn() + Send + Sync>> = OnceLock::new();
 
 /// Does work that is vital, under a name for the log.
 pub(crate) fn work<T>(part: &'static str, work: impl FnOnce() -> T) -> T {
@@ -19,8 +22,17 @@ pub(crate) async fn task<T>(part: &'static str, task: impl Future<Output = T>) -
     std::future::poll_fn(move |context| work(part, || task.as_mut().poll(context))).await
 }
 
+/// Sets what is done before a fault ends the program.
+pub(crate) fn before_the_end(work: impl Fn() + Send + Sync + 'static) {
+    // A program has one node; the first stays.
+    drop(BEFORE_THE_END.set(Box::new(work)));
+}
+
 fn end(part: &'static str) -> ! {
     tracing::error!(part, "ended by a fault; so the node ends");
+    if let Some(work) = BEFORE_THE_END.get() {
+        work();
+    }
     std::process::abort();
 }
 
@@ -51,6 +63,7 @@ mod tests {
         };
         crate::operate::log::begin();
         log_panics();
+        before_the_end(|| tracing::error!("is done before"));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
@@ -78,6 +91,7 @@ mod tests {
             assert!(said.contains("src/vital.rs:"), "{said}");
             assert!(!said.contains("DOE"), "{said}");
             assert_eq!(said.contains("decider"), signal.is_some(), "{said}");
+            assert_eq!(said.contains("is done before"), signal.is_some(), "{said}");
         }
     }
 }

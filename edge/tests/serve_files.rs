@@ -199,3 +199,57 @@ fn check_names_every_file_that_cannot_be_used() {
         assert!(said.contains(part), "{part} in {said}");
     }
 }
+
+fn started(folder: &std::path::Path, settings: &str) -> std::process::Child {
+    std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
+        .args(["serve", "--config"])
+        .arg(node::write_config(folder, settings))
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_start_that_fails_ends_and_says_why_once() {
+    let no_tls = "[tls]\ncertificate = \"a\"\nkey = \"b\"\nclient_ca = \"c\"\n";
+    for (settings, code, why) in [
+        ("model = \"absent.onnx\"\n", 78, "absent.onnx"),
+        (no_tls, 78, "[tls]: "),
+        ("", 73, "state folder "),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        if settings.is_empty() {
+            std::fs::write(folder.path().join("state"), "no folder").unwrap();
+        }
+        let mut child = started(folder.path(), settings);
+        let mut status = None;
+        wait_until("the end", || {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        });
+        let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
+        assert_eq!(status.unwrap().code(), Some(code), "{said}");
+        let line = said.lines().last().unwrap();
+        assert!(line.starts_with("edge: ") && line.contains(why), "{said}");
+        assert_eq!(line.matches("os error").count(), 1, "{said}");
+    }
+}
+
+#[test]
+fn a_node_whose_log_nobody_reads_any_more_works_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = started(folder.path(), "");
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    let line = lines.find(|line| line.as_ref().unwrap().contains("\"dicom_address\":\""));
+    drop(lines);
+    let line = line.unwrap().unwrap();
+    let address = line.split("\"dicom_address\":\"").nth(1).unwrap();
+    let address = address.split('"').next().unwrap().parse().unwrap();
+    let mut client = Client::open(address, &[(CT, &[EXPLICIT])]).unwrap();
+    let slice = data_set(CT, "1.2.3", 100);
+    assert_eq!(client.store(1, CT, "1.2.3", &slice).unwrap(), 0);
+    client.release();
+    let process = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}

@@ -28,7 +28,7 @@ const MAX_CERTIFICATES: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TlsError {
     /// A file cannot be read, or holds something else.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Pem {
         /// Which.
         path: String,
@@ -39,10 +39,10 @@ pub(crate) enum TlsError {
     #[error("{0}: no certificate")]
     Empty(String),
     /// Key and certificates do not fit, or are refused.
-    #[error("{0}")]
+    #[error(transparent)]
     Refused(#[from] rustls::Error),
     /// The authorities cannot be used.
-    #[error("client_ca: {0}")]
+    #[error("client_ca")]
     Authorities(#[from] rustls::server::VerifierBuilderError),
 }
 

@@ -92,7 +92,7 @@ pub(crate) fn run(intake: &Arc<Intake>, runtime: &Handle, stopping: &watch::Rece
     let closed = Arc::new(Closed::default());
     let mut memory = Memory::default();
     let mut looked_through: Option<Instant> = None;
-    while !*stopping.borrow() {
+    while !is_over(stopping) {
         let folder = intake.config.borrow().watch_folder.clone();
         let Some(folder) = folder else {
             watched = None;
@@ -116,13 +116,18 @@ pub(crate) fn run(intake: &Arc<Intake>, runtime: &Handle, stopping: &watch::Rece
             list(&folder, MAX_DEPTH, &mut files);
             memory.forget_all_but(&files);
             for path in &files {
-                if *stopping.borrow() {
+                if is_over(stopping) {
                     return;
                 }
                 memory.consider(intake, runtime, path, false);
             }
         }
     }
+}
+
+/// Whether the node stops, or has not even started.
+fn is_over(stopping: &watch::Receiver<bool>) -> bool {
+    *stopping.borrow() || stopping.has_changed().is_err()
 }
 
 fn watcher(folder: &Path, closed: &Arc<Closed>) -> Option<notify::RecommendedWatcher> {

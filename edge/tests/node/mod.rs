@@ -168,7 +168,8 @@ impl Drop for Node {
     }
 }
 
-fn write_config(folder: &Path, settings: &str) -> PathBuf {
+/// Writes a configuration into a folder that is the node's own.
+pub fn write_config(folder: &Path, settings: &str) -> PathBuf {
     let config = folder.join("edge.toml");
     let text = format!(
         "dicom_bind = \"127.0.0.1\"\ndicom_port = 0\nhttp_bind = \"127.0.0.1:0\"\nstate_dir = \"state\"\n{settings}"

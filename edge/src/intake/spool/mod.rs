@@ -114,7 +114,7 @@ pub(crate) enum SpoolError {
     #[error("the spool is closing")]
     Closed,
     /// The medium failed.
-    #[error("spool: {0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
 }
 
