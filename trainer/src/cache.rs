@@ -107,7 +107,7 @@ impl Cache {
         );
         ensure!(
             manifest.n_rows == rows.len() as u64 && length == needed,
-            "{}: the manifest says {} rows, the index has {}, the tensors have {length} bytes instead of {needed}",
+            "{}: the manifest says {} rows, the index has {}, the tensors have {length} bytes of its {needed}; prepare the cache anew",
             folder.display(),
             manifest.n_rows,
             rows.len()
@@ -258,9 +258,23 @@ pub fn file_digest(path: &Path) -> Result<String> {
 /// [`checkpoint::write_atomically`], its error naming the file.
 ///
 /// # Errors
-/// Whatever the file system answers.
+/// Whatever the file system answers; the exit code is that of what cannot be written.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    checkpoint::write_atomically(path, bytes).with_context(|| format!("writing {}", path.display()))
+    checkpoint::write_atomically(path, bytes).map_err(|error| {
+        let message = format!("writing {}: {error}", path.display());
+        fault(Exit::CannotWrite, message)
+    })
+}
+
+/// Makes a folder for output, and those above it.
+///
+/// # Errors
+/// As [`write_atomically`].
+pub fn make_folder(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| {
+        let message = format!("making {}: {error}", folder.display());
+        fault(Exit::CannotWrite, message)
+    })
 }
 
 #[allow(
@@ -317,6 +331,17 @@ mod tests {
         std::fs::write(folder.path().join(TENSORS), []).unwrap();
         let error = refuse_as_output(folder.path()).unwrap_err();
         assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite);
+    }
+
+    #[test]
+    fn what_cannot_be_written_has_its_own_exit_code() {
+        for error in [
+            write_atomically(Path::new("/proc/none/a"), b"a").unwrap_err(),
+            make_folder(Path::new("/proc/none/a")).unwrap_err(),
+        ] {
+            assert_eq!(crate::exit::code_of(&error), Exit::CannotWrite, "{error}");
+            assert!(error.to_string().contains("/proc/none/a"), "{error}");
+        }
     }
 
     #[test]

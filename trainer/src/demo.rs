@@ -15,7 +15,7 @@ use shared::phantom::{Finding, StudyPlan, UidRole, dicom_file};
 use shared::spec::PreprocessSpec;
 
 use crate::batches::Sampling;
-use crate::cache::{Cache, write_atomically};
+use crate::cache::{Cache, make_folder, write_atomically};
 use crate::evaluate::{self, Evaluation};
 use crate::exit::Exit;
 use crate::index::Part;
@@ -74,7 +74,7 @@ pub struct DemoArgs {
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let began = Instant::now();
     let out = &args.out;
-    std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+    make_folder(out)?;
     tell("1/6 phantom -> cache");
     let cache = cache(args)?;
     tell("2/6 train");
@@ -264,7 +264,7 @@ fn held_out_study(args: &DemoArgs) -> Result<PathBuf> {
             )
         });
     let folder = args.out.join("study");
-    std::fs::create_dir_all(&folder)?;
+    make_folder(&folder)?;
     for slice in 0..plan.n_slices() {
         let bytes = dicom_file(&plan, slice, TRANSFER_SYNTAX)?;
         write_atomically(&folder.join(format!("{slice:04}.dcm")), &bytes)?;

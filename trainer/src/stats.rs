@@ -15,7 +15,7 @@ use serde::Serialize;
 use shared::RESEARCH_USE;
 use shared::manifest::DataKind;
 
-use crate::cache::{Cache, write_atomically};
+use crate::cache::{Cache, make_folder, write_atomically};
 use crate::index::{EXAM_LABELS, Part, Row};
 use crate::plots;
 
@@ -95,7 +95,7 @@ pub fn run(args: &StatsArgs) -> Result<ExitCode> {
         write!(stdout, "{}", text(&stats))?;
     }
     if let Some(out) = &args.out {
-        std::fs::create_dir_all(out)?;
+        make_folder(out)?;
         write_atomically(&out.join("stats.svg"), plot(&stats).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)

@@ -24,7 +24,7 @@ use self::table::table;
 use crate::architecture::{self, ARCHITECTURES, Architecture, Family};
 use crate::backbone::backbone;
 use crate::bootstrap::{Interval, intervals};
-use crate::cache::{Cache, file_digest, refuse_as_output, write_atomically};
+use crate::cache::{Cache, file_digest, make_folder, refuse_as_output, write_atomically};
 use crate::claim::claim;
 use crate::evaluate;
 use crate::exit::{Exit, fault};
@@ -214,7 +214,7 @@ fn take(out: &Path, config: &Config) -> Result<()> {
             ),
         )),
         Err(_) => {
-            std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+            make_folder(out)?;
             write_atomically(&path, text.as_bytes())
         }
     }
@@ -269,7 +269,7 @@ fn is_finished(
             ))
         };
     }
-    std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    make_folder(&folder)?;
     let mut row = Compared {
         name: system.name.to_owned(),
         imagenet,

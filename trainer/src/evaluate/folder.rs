@@ -4,14 +4,14 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use shared::manifest::Manifest;
 use shared::probability::sigmoid;
 
 use super::Evaluation;
 use super::choose::study_scores;
 use super::measure::tempered_logit;
-use crate::cache::{Cache, write_atomically};
+use crate::cache::{Cache, make_folder, write_atomically};
 use crate::{export, model_card, plots, provenance, report};
 
 /// The manifest of a weights file that was evaluated.
@@ -44,7 +44,7 @@ pub fn write_all(
     run: &Path,
     out: &Path,
 ) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+    make_folder(out)?;
     let json = serde_json::to_string_pretty(evaluation)?;
     write_atomically(&out.join("metrics.json"), json.as_bytes())?;
     for (name, svg) in plots::all(evaluation) {

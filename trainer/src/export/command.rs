@@ -10,13 +10,13 @@ use serde::Serialize;
 use shared::manifest::Manifest;
 
 use crate::architecture::{self, Architecture};
-use crate::cache::file_digest;
+use crate::cache::{file_digest, write_atomically};
 use crate::exit::{Exit, fault};
 use crate::network::Network;
 use crate::{provenance, quantization_aware};
 
 use super::weights::{random_weights, read_weights};
-use super::{float_file, new_manifest, write_file};
+use super::{float_file, new_manifest};
 
 /// Arguments of `trainer export`.
 #[derive(Clone, Debug, clap::Args)]
@@ -105,7 +105,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         .map(|weight| weight.values.len() as u64)
         .sum();
     let bytes = float_file(architecture, width, &weights, &manifest)?;
-    write_file(&args.out, &bytes)?;
+    write_atomically(&args.out, &bytes)?;
     let report = ExportReport {
         file: args.out.clone(),
         bytes: bytes.len() as u64,

@@ -25,7 +25,6 @@ use shared::spec::PreprocessSpec;
 use crate::architecture::{Architecture, Family};
 use crate::backbone::backbone;
 use crate::cache::write_atomically;
-use crate::exit::{Exit, fault};
 use crate::network::NetworkError;
 use crate::onnx::{self, ModelProto, OnnxError};
 
@@ -112,7 +111,7 @@ pub fn float_model(
 /// As [`run`].
 pub fn export(weights: &Path, manifest: &Manifest, out: &Path) -> anyhow::Result<()> {
     let (architecture, width, weights) = read_weights(weights)?;
-    write_file(out, &float_file(architecture, width, &weights, manifest)?)
+    write_atomically(out, &float_file(architecture, width, &weights, manifest)?)
 }
 
 /// The bytes of an f32 file.
@@ -171,16 +170,6 @@ pub fn new_manifest(architecture: &Architecture, width: f64) -> Manifest {
         self_test: Vec::new(),
         tools: BTreeMap::from([("trainer".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]),
     }
-}
-
-/// Writes a file whole or not at all.
-pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    write_atomically(path, bytes).map_err(|error| {
-        fault(
-            Exit::CannotWrite,
-            format!("writing {}: {error:#}", path.display()),
-        )
-    })
 }
 
 #[cfg(test)]

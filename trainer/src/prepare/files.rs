@@ -281,6 +281,10 @@ pub(super) fn picture_tensor(bytes: &[u8]) -> Result<Vec<u8>> {
         found.0,
         found.1
     );
+    ensure!(
+        picture.color().has_color(),
+        "the picture is grey, expected red, green and blue for the lung, PE and mediastinal window"
+    );
     let rgb = picture.to_rgb8();
     let mut tensor = vec![0; TENSOR_BYTES];
     for (index, pixel) in rgb.as_raw().chunks_exact(CHANNELS).enumerate() {
@@ -364,6 +368,16 @@ mod tests {
         let (slices, left) = prepared(b"nothing", &spec);
         assert!(slices.is_empty());
         assert_eq!(left[0].file, "a/b/1.2.3");
+    }
+
+    #[test]
+    fn a_grey_picture_has_no_three_windows() {
+        let side = u32::try_from(SIDE).unwrap();
+        let mut png = std::io::Cursor::new(Vec::new());
+        let grey = image::GrayImage::new(side, side);
+        grey.write_to(&mut png, image::ImageFormat::Png).unwrap();
+        let error = picture_tensor(png.get_ref()).unwrap_err();
+        assert!(error.to_string().contains("grey"), "{error}");
     }
 
     #[test]

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use shared::TENSOR_BYTES;
 
 use super::{JOURNAL, SHARD_FILE, SHOWN_REASONS, WHOLE, Work};
-use crate::cache::{CacheManifest, FORMAT_VERSION, LeftOut, TENSORS, write_atomically};
+use crate::cache::{
+    CacheManifest, FORMAT_VERSION, LeftOut, TENSORS, make_folder, write_atomically,
+};
 use crate::claim::claim;
 use crate::exit::{Exit, fault};
 use crate::index::{self, Row};
@@ -46,7 +48,7 @@ impl Partial {
     pub(super) fn open(work: &Work, out: &Path) -> Result<Self> {
         let folder = partial_folder(out);
         let context = || format!("writing {}", folder.display());
-        std::fs::create_dir_all(&folder).with_context(context)?;
+        make_folder(&folder)?;
         let claim = claim(&folder)?;
         let header = serde_json::to_string(work)?;
         let done = read_journal(&folder.join(JOURNAL), &header)?;

@@ -7,9 +7,8 @@ use std::process::ExitCode;
 use anyhow::{Context as _, ensure};
 use shared::manifest::{METADATA_KEY, Manifest, Precision, SelfTest, Validation};
 
-use crate::cache::Cache;
+use crate::cache::{Cache, write_atomically};
 use crate::calibrate::{Method, Range};
-use crate::export::write_file;
 use crate::index::Part;
 use crate::onnx::{self, ModelProto};
 use crate::quantization_aware::{self, TrainedRanges};
@@ -110,7 +109,7 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
             quantize_file(&float, &images, &options)?
         }
     };
-    write_file(&args.out, &bytes)?;
+    write_atomically(&args.out, &bytes)?;
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let object = serde_json::json!({

@@ -32,6 +32,11 @@ pub(super) fn read_train_csv(path: &Path) -> Result<Vec<Unit>> {
         added.with_context(|| format!("{} line {line}", path.display()))?;
     }
     let mut units = series.units;
+    ensure!(
+        !units.is_empty(),
+        "{} has no line behind its header",
+        path.display()
+    );
     units.iter_mut().for_each(settle_repeats);
     units.sort_by(|a, b| (&a.study, &a.series).cmp(&(&b.study, &b.series)));
     Ok(units)
@@ -57,11 +62,14 @@ struct Line<'a> {
 
 impl Columns {
     fn find(header: &csv::StringRecord) -> Result<Self> {
+        let n_columns = header.len();
         let column = |name: &str| {
             header
                 .iter()
                 .position(|found| found.trim().eq_ignore_ascii_case(name))
-                .with_context(|| format!("it has no column {name}"))
+                .with_context(|| {
+                    format!("it has no column {name} among {n_columns}, separated by commas")
+                })
         };
         let mut labels = [0; EXAM_LABELS.len()];
         for (index, name) in labels.iter_mut().zip(EXAM_LABELS) {
@@ -269,6 +277,27 @@ mod tests {
         assert!(
             error.contains("line 3: the exam's labels contradict"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn a_table_of_nothing_and_one_of_other_columns_say_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.csv");
+        let order: Vec<usize> = (0..17).collect();
+        let refused = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            format!("{:#}", read_train_csv(&path).unwrap_err())
+        };
+        let nothing = refused(&table(&order, &[]));
+        assert!(
+            nothing.ends_with("train.csv has no line behind its header"),
+            "{nothing}"
+        );
+        let semicolons = refused(&table(&order, &[]).replace(',', ";"));
+        assert!(
+            semicolons.contains("among 1, separated by commas"),
+            "{semicolons}"
         );
     }
 

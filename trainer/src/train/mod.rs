@@ -17,7 +17,6 @@ mod progress;
 mod run;
 mod step;
 
-use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -34,7 +33,7 @@ use self::plan::{Plan, fingerprint};
 pub use self::processor::{GpuFigures, Precision, Processor};
 use self::run::{Run, Watch};
 use crate::batches::{Augmentation, Batch, Sampling, for_each_batch, read_batch};
-use crate::cache::{Cache, refuse_as_output};
+use crate::cache::{Cache, make_folder, refuse_as_output};
 use crate::checkpoint::Position;
 use crate::claim::claim;
 use crate::exit::{Exit, fault};
@@ -309,7 +308,7 @@ pub fn train_in(
         ));
     }
     refuse_as_output(out)?;
-    fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+    make_folder(out)?;
     let is_root = place.is_none_or(|place| place.rank == 0);
     let _claim = is_root.then(|| claim(out)).transpose()?;
     let plan = Plan::new(options, architecture, cache)?;

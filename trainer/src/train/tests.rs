@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::run::append;
 use super::*;
 use crate::cache::{CacheManifest, FORMAT_VERSION};

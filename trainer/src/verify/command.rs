@@ -6,9 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, write_atomically};
 use crate::exit::Exit;
-use crate::export::write_file;
 
 use super::deploy::deployable;
 use super::plot::noise_plot;
@@ -70,11 +69,11 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let cache = Cache::open(&args.data)?;
     let report = verify(&float, &int8, &cache, margins, args.noise_slices)?;
     if let Some(path) = &args.plot {
-        write_file(path, noise_plot(&report.tensors).as_bytes())?;
+        write_atomically(path, noise_plot(&report.tensors).as_bytes())?;
     }
     let deployable = deployable(&int8, &report, args.force)?;
     if let (Some(path), Some(bytes)) = (&args.out, &deployable) {
-        write_file(path, bytes)?;
+        write_atomically(path, bytes)?;
     }
     let mut stdout = std::io::stdout().lock();
     if args.json {
