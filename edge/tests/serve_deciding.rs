@@ -297,6 +297,31 @@ fn lost_results_are_made_anew_from_what_is_stored() {
     assert_eq!(std::fs::read(aside).unwrap(), b"broken");
 }
 
+/// What opens and yet cannot be used ends the start, and the next one makes it anew.
+#[test]
+fn a_database_that_fails_behind_its_opening_is_looked_at_by_the_next_start() {
+    const UNASSIGNED: redb::TableDefinition<'_, u64, &[u8]> =
+        redb::TableDefinition::new("unassigned");
+    let (study_uid, slices) = study(4);
+    let mut node = Node::start("quiet_time_s = 0.5\n");
+    assert_eq!(send(node.dicom, &slices[..3]), 3);
+    node.complete(&study_uid, 3);
+    let (_, folder) = node.stop();
+    let database = redb::Database::open(folder.path().join("state/results.redb")).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let mut table = transaction.open_table(UNASSIGNED).unwrap();
+    table.insert(7, &b"no row"[..]).unwrap();
+    drop(table);
+    transaction.commit().unwrap();
+    drop(database);
+    node = Node::start_in(folder, "quiet_time_s = 0.5\n");
+    let ended = node.wait();
+    assert_eq!(ended.code(), Some(69), "{:#?}", node.log());
+    node = Node::start_in(Arc::clone(&node.folder), "quiet_time_s = 0.5\n");
+    node.wait_for_log("results.redb is broken");
+    node.complete(&study_uid, 3);
+}
+
 /// The page draws each frame of an object of many by itself, and says why where it cannot.
 #[test]
 fn frames_of_an_enhanced_ct_are_drawn_each_by_itself() {

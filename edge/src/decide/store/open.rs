@@ -218,6 +218,9 @@ fn look_at_everything(database: &mut Database) -> Result<(), StoreError> {
     for entry in transaction.open_table(STATEMENTS)?.iter()? {
         parse::<Statement>(entry?.1.value())?;
     }
+    for entry in transaction.open_table(UNASSIGNED)?.iter()? {
+        parse::<Reason>(entry?.1.value())?;
+    }
     Ok(())
 }
 
