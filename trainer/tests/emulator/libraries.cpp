@@ -69,8 +69,9 @@ int cublasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const vo
       for (int64_t l = 0; l < k; l++) right[j * k + l] = load(tb, b, op_b ? j + l * ldb : l + j * ldb);
     for (int64_t j = 0; j < n; j++)
       for (int64_t i = 0; i < m; i++) {
-        double sum = 0;
-        for (int64_t l = 0; l < k; l++) sum += static_cast<double>(left[i * k + l]) * right[j * k + l];
+        // In f32 as a card does, and in the order that loses most.
+        float sum = 0;
+        for (int64_t l = 0; l < k; l++) sum += left[i * k + l] * right[j * k + l];
         store(tc, c, i + j * ldc, scale * sum + (keep == 0 ? 0 : keep * load(tc, c, i + j * ldc)));
       }
   });
