@@ -396,6 +396,17 @@ impl Pinned {
         // SAFETY: as in `bytes`, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.n_bytes) }
     }
+
+    /// As f32.
+    pub(crate) fn floats(&self) -> &[f32] {
+        // SAFETY: as in `bytes`; a page's begin is aligned for f32, and all bits are one.
+        unsafe { std::slice::from_raw_parts(self.pointer.cast(), self.n_bytes / 4) }
+    }
+
+    pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as in `floats`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.n_bytes / 4) }
+    }
 }
 
 impl Drop for Pinned {

@@ -196,13 +196,13 @@ impl Network {
     ///
     /// # Errors
     /// CUDA's.
-    pub(crate) fn get(&self) -> Result<(Vec<Vec<f32>>, Vec<Moments>)> {
+    pub(crate) fn get(&mut self) -> Result<(Vec<Vec<f32>>, Vec<Moments>)> {
         self.base.parameters.get(&self.base.device)
     }
 
     /// Gradients in the files' order, once the stream has come here.
     #[cfg(test)]
-    pub(crate) fn gradients(&self) -> Result<Vec<Vec<f32>>> {
+    pub(crate) fn gradients(&mut self) -> Result<Vec<Vec<f32>>> {
         self.base.parameters.gradients(&self.base.device)
     }
 

@@ -12,7 +12,7 @@ use anyhow::Result;
 use rayon::prelude::*;
 
 use super::device::Argument::{Float, Long, Pointer};
-use super::device::{Device, Grid, Memory};
+use super::device::{Device, Grid, Memory, Pinned};
 use super::network::BLOCKS_EACH;
 use crate::architecture::OptimiserKind;
 use crate::operators::optimiser::Moments;
@@ -87,6 +87,44 @@ impl Span {
             inner: Some(inner),
         }
     }
+
+    /// Its values in the files' order, of the flat array.
+    fn gather(&self, flat: &[f32]) -> Vec<f32> {
+        let from = &flat[self.begin..][..self.length];
+        let Some(inner) = &self.inner else {
+            return from[..self.n].to_vec();
+        };
+        let mut values = vec![0.0; self.n];
+        let to = values.par_chunks_mut(inner.channels.len() * inner.places);
+        to.zip(from.par_chunks(inner.places * inner.width))
+            .for_each(|(to, from)| {
+                for (to, channel) in to.chunks_mut(inner.places).zip(&inner.channels) {
+                    for (to, from) in to.iter_mut().zip(from.chunks(inner.width)) {
+                        *to = from[*channel];
+                    }
+                }
+            });
+        values
+    }
+
+    /// Puts values of the files' order to their places in the flat array.
+    fn spread(&self, values: &[f32], flat: &mut [f32]) {
+        let to = &mut flat[self.begin..][..self.length];
+        let Some(inner) = &self.inner else {
+            to[..values.len()].copy_from_slice(values);
+            return;
+        };
+        let from = values.par_chunks(inner.channels.len() * inner.places);
+        to.par_chunks_mut(inner.places * inner.width)
+            .zip(from)
+            .for_each(|(to, from)| {
+                for (from, channel) in from.chunks(inner.places).zip(&inner.channels) {
+                    for (to, from) in to.chunks_mut(inner.width).zip(from) {
+                        to[*channel] = *from;
+                    }
+                }
+            });
+    }
 }
 
 impl Spans {
@@ -110,11 +148,13 @@ impl Spans {
     }
 
     /// How many values parameter `index` has in the files.
+    #[cfg(test)]
     pub(crate) fn length(&self, index: usize) -> usize {
         self.all[index].n
     }
 
     /// Where value `at` of parameter `index`, in the files' order, stands in the flat arrays.
+    #[cfg(test)]
     pub(crate) fn place(&self, index: usize, at: usize) -> usize {
         let span = &self.all[index];
         let within = span.inner.as_ref().map_or(at, |inner| {
@@ -127,6 +167,27 @@ impl Spans {
             (out * inner.places + place) * inner.width + inner.channels[channel]
         });
         span.begin + within
+    }
+
+    /// Values of the parameters that stand among the first `n` of `memory`, in the files' order, once the stream has come here; of the others none.
+    fn gather(
+        &self,
+        device: &Device,
+        memory: &Memory,
+        n: usize,
+        staging: &mut Pinned,
+    ) -> Result<Vec<Vec<f32>>> {
+        device.download(memory, staging, 0, 4 * n)?;
+        device.stream.synchronize()?;
+        let flat = &staging.floats()[..n];
+        let among = |span: &Span| {
+            if span.begin < n {
+                span.gather(flat)
+            } else {
+                Vec::new()
+            }
+        };
+        Ok(self.all.iter().map(among).collect())
     }
 
     /// The ranges whose gradients are summed over the ranks together, in the order in which the backward pass completes them: each a
@@ -157,6 +218,8 @@ pub(crate) struct Parameters {
     pub(crate) gradients: Memory,
     moments: [Memory; 2],
     copy: Option<Memory>,
+    /// Where one of these arrays is on its way between the GPU and the host.
+    staging: Pinned,
 }
 
 impl Parameters {
@@ -185,6 +248,7 @@ impl Parameters {
             } else {
                 None
             },
+            staging: device.pinned(4 * spans.n_values)?,
             spans,
         })
     }
@@ -223,23 +287,12 @@ impl Parameters {
         weights: &[Vec<f32>],
         moments: &[Moments],
     ) -> Result<()> {
-        let spread = |values: &mut dyn Iterator<Item = &[f32]>| -> Vec<f32> {
-            let mut flat = vec![0.0; self.spans.n_values];
-            for (index, values) in values.enumerate() {
-                for (at, value) in values.iter().enumerate() {
-                    flat[self.spans.place(index, at)] = *value;
-                }
-            }
-            flat
-        };
-        let flat = spread(&mut weights.iter().map(Vec::as_slice));
-        device.write(&self.weights, 0, &flat)?;
+        self.spread(device, None, &mut weights.iter().map(Vec::as_slice))?;
         if self.optimiser == OptimiserKind::Adam {
-            let n = self.spans.n_trained;
-            let first = spread(&mut moments.iter().map(|moments| moments.first.as_slice()));
-            device.write(&self.moments[0], 0, &first[..n])?;
-            let second = spread(&mut moments.iter().map(|moments| moments.second.as_slice()));
-            device.write(&self.moments[1], 0, &second[..n])?;
+            let mut first = moments.iter().map(|moments| moments.first.as_slice());
+            self.spread(device, Some(0), &mut first)?;
+            let mut second = moments.iter().map(|moments| moments.second.as_slice());
+            self.spread(device, Some(1), &mut second)?;
         }
         if let Some(copy) = &self.copy {
             let n = self.spans.n_values;
@@ -254,15 +307,16 @@ impl Parameters {
     ///
     /// # Errors
     /// CUDA's.
-    pub(crate) fn get(&self, device: &Device) -> Result<(Vec<Vec<f32>>, Vec<Moments>)> {
-        let weights = self.gather(device, &self.weights, self.spans.n_values)?;
+    pub(crate) fn get(&mut self, device: &Device) -> Result<(Vec<Vec<f32>>, Vec<Moments>)> {
+        let (spans, staging) = (&self.spans, &mut self.staging);
+        let weights = spans.gather(device, &self.weights, spans.n_values, staging)?;
         let moments = match self.optimiser {
             OptimiserKind::Sgd => vec![Moments::default(); weights.len()],
             OptimiserKind::Adam => {
                 let [first, second] = &self.moments;
-                let n = self.spans.n_trained;
-                let first = self.gather(device, first, n)?;
-                let both = first.into_iter().zip(self.gather(device, second, n)?);
+                let first = spans.gather(device, first, spans.n_trained, staging)?;
+                let second = spans.gather(device, second, spans.n_trained, staging)?;
+                let both = first.into_iter().zip(second);
                 both.map(|(first, second)| Moments { first, second })
                     .collect()
             }
@@ -272,22 +326,29 @@ impl Parameters {
 
     /// Gradients in the files' order, once the stream has come here.
     #[cfg(test)]
-    pub(crate) fn gradients(&self, device: &Device) -> Result<Vec<Vec<f32>>> {
-        self.gather(device, &self.gradients, self.spans.n_trained)
+    pub(crate) fn gradients(&mut self, device: &Device) -> Result<Vec<Vec<f32>>> {
+        let (spans, staging) = (&self.spans, &mut self.staging);
+        spans.gather(device, &self.gradients, spans.n_trained, staging)
     }
 
-    /// Values of the parameters that stand among the first `n`, in the files' order; of the others none.
-    fn gather(&self, device: &Device, memory: &Memory, n: usize) -> Result<Vec<Vec<f32>>> {
-        let spans = &self.spans;
-        let flat: Vec<f32> = device.read(memory, 0, n)?;
-        let values = |index: usize| -> Vec<f32> {
-            if spans.all[index].begin >= n {
-                return Vec::new();
-            }
-            let all = (0..spans.length(index)).into_par_iter();
-            all.map(|at| flat[spans.place(index, at)]).collect()
+    /// Replaces the weights or a moment by values in the files' order; waits.
+    fn spread(
+        &mut self,
+        device: &Device,
+        moment: Option<usize>,
+        values: &mut dyn Iterator<Item = &[f32]>,
+    ) -> Result<()> {
+        let (memory, n) = match moment {
+            None => (&self.weights, self.spans.n_values),
+            Some(moment) => (&self.moments[moment], self.spans.n_trained),
         };
-        Ok((0..spans.all.len()).map(values).collect())
+        let flat = &mut self.staging.floats_mut()[..self.spans.n_values];
+        flat.fill(0.0);
+        for (span, values) in self.spans.all.iter().zip(values) {
+            span.spread(values, flat);
+        }
+        device.upload(&device.stream, &self.staging, memory, 4 * n)?;
+        Ok(device.stream.synchronize()?)
     }
 
     /// One step of the optimiser on what is trained; for Adam `rate` has the correction of the step in it.
@@ -353,14 +414,20 @@ mod tests {
         let spans = spans();
         let lengths = [3 * 5 * 6, 3, 70, 5];
         let mut all = BTreeSet::new();
+        let mut flat = vec![0.0; spans.n_values];
         for (index, length) in lengths.into_iter().enumerate() {
             let span = &spans.all[index];
             assert_eq!(spans.length(index), length, "parameter {index}");
-            for at in 0..length {
+            let values: Vec<f32> = (1u16..).take(length).map(f32::from).collect();
+            span.spread(&values, &mut flat);
+            for (at, value) in values.iter().enumerate() {
                 let place = spans.place(index, at);
                 assert!((span.begin..span.begin + span.length).contains(&place));
                 assert!(all.insert(place));
+                let stands = flat[place].to_bits();
+                assert_eq!(stands, value.to_bits(), "parameter {index}, value {at}");
             }
+            assert_eq!(span.gather(&flat), values);
         }
         // Out 2, channel 3, row 1, column 2.
         let place = spans.place(0, ((2 * 5 + 3) * 2 + 1) * 3 + 2);

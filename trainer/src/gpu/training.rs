@@ -114,10 +114,11 @@ pub(crate) struct Mark {
 /// The GPU of a run.
 #[derive(Debug)]
 pub(crate) struct Gpu {
+    /// Dropped first: where a rank is lost its sums never end, and freeing memory waits for them until they are aborted.
+    communicator: Option<Communicator>,
     network: Network,
     pixels: Pixels,
     epoch: Option<Epoch>,
-    communicator: Option<Communicator>,
     buckets: Vec<(usize, std::ops::Range<usize>)>,
     summed: CudaEvent,
     precision: Precision,
@@ -205,7 +206,7 @@ impl Gpu {
     }
 
     /// Brings the weights back into `parameters`, and the moments, after all steps so far.
-    pub(crate) fn get(&self, parameters: &[Parameter]) -> Result<Vec<Moments>> {
+    pub(crate) fn get(&mut self, parameters: &[Parameter]) -> Result<Vec<Moments>> {
         let (weights, moments) = self.network.get()?;
         for (parameter, values) in parameters.iter().zip(weights) {
             let variable = &parameter.variable;
