@@ -86,6 +86,9 @@ pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
     vital::log_panics();
     // What is written belongs to patients: for the node's user alone, whatever the shell that starts it allows.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    forbid_core_files()
+        .context("limit of core files")
+        .map_err(failure(Exit::Unavailable))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .enable_all()
@@ -96,6 +99,18 @@ pub(crate) fn run(arguments: &ServeArgs) -> Result<Exit, Failure> {
     // What blocks is durable or is done again; a webhook that does not answer holds no stop up.
     runtime.shutdown_timeout(STOP_PATIENCE);
     done
+}
+
+/// A program that aborts would leave the images and names in its memory on the medium.
+fn forbid_core_files() -> std::io::Result<()> {
+    let none = rustix::process::Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    Ok(rustix::process::setrlimit(
+        rustix::process::Resource::Core,
+        none,
+    )?)
 }
 
 /// `edge check`.

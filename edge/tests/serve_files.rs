@@ -143,31 +143,6 @@ fn root_leaves_the_state_folder_of_another_user_alone() {
 }
 
 #[test]
-fn a_part_that_cannot_start_ends_the_node_with_its_code() {
-    for fault in [
-        "model = \"absent.onnx\"\n",
-        "[webhook]\nurl = \"http://127.0.0.1:9\"\nsecret_file = \"absent\"\n",
-    ] {
-        let folder = tempfile::tempdir().unwrap();
-        let config = folder.path().join("edge.toml");
-        let text = "dicom_bind = \"127.0.0.1\"\ndicom_port = 0\nhttp_bind = \"127.0.0.1:0\"\nstate_dir = \"state\"\n";
-        std::fs::write(&config, format!("{text}{fault}")).unwrap();
-        let mut node = std::process::Command::new(env!("CARGO_BIN_EXE_edge"))
-            .args(["serve", "--config"])
-            .arg(&config)
-            .spawn()
-            .unwrap();
-        let start = Instant::now();
-        while node.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        // One that has ended is not there to be killed.
-        drop(node.kill());
-        assert_eq!(node.wait().unwrap().code(), Some(78), "{fault}");
-    }
-}
-
-#[test]
 fn check_names_every_file_that_cannot_be_used() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("empty"), " \n").unwrap();
@@ -212,8 +187,10 @@ fn started(folder: &std::path::Path, settings: &str) -> std::process::Child {
 #[test]
 fn a_start_that_fails_ends_and_says_why_once() {
     let no_tls = "[tls]\ncertificate = \"a\"\nkey = \"b\"\nclient_ca = \"c\"\n";
+    let no_secret = "[webhook]\nurl = \"http://127.0.0.1:9\"\nsecret_file = \"absent\"\n";
     for (settings, code, why) in [
         ("model = \"absent.onnx\"\n", 78, "absent.onnx"),
+        (no_secret, 78, "secret_file"),
         (no_tls, 78, "[tls]: "),
         ("", 73, "state folder "),
     ] {
@@ -233,6 +210,17 @@ fn a_start_that_fails_ends_and_says_why_once() {
         assert!(line.starts_with("edge: ") && line.contains(why), "{said}");
         assert_eq!(line.matches("os error").count(), 1, "{said}");
     }
+}
+
+#[test]
+fn a_node_that_is_aborted_leaves_no_image_of_its_memory() {
+    let node = Node::start("");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", node.id())).unwrap();
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"));
+    let core: Vec<&str> = core.unwrap().split_whitespace().collect();
+    assert_eq!(core[4..6], ["0", "0"], "{limits}");
 }
 
 #[test]
